@@ -1,13 +1,15 @@
 """How far a fleet is: rows by base and state, rates, time left; a live table, or a line now and then."""
 
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from lora_export.contracts.fleet import STATES, PlannedRow, RowOutcome, State
 from lora_export.contracts.progress import Progress
+from lora_export.progress import Console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,6 +45,7 @@ class Board:
         self._begun = self._told = time.monotonic()
         self._bases: dict[str, _Base] = {}
         self._changed, self._wrong = False, 0
+        self._warnings: set[str] = set()
         for row in planned:
             base = self._bases.setdefault(row.row.base, _Base())
             base.rows += 1
@@ -82,6 +85,7 @@ class Board:
             base.seconds += outcome.seconds
             base.worked += 1
         self._changed = True
+        self._warned(outcome.name, outcome)
         words = f"{outcome.name}: {outcome.state}"
         if outcome.state in _SHOWN:
             self._wrong += 1
@@ -92,6 +96,13 @@ class Board:
                 self._progress.warn("more rows went wrong; fleet.md names them all")
         else:
             self._progress.detail(f"{words} in {outcome.seconds:.1f} s")
+
+    def _warned(self, name: str, outcome: RowOutcome) -> None:
+        """What the worker was warned of, each text once: all rows of a base may share one."""
+        for text in outcome.warnings:
+            if text not in self._warnings:
+                self._warnings.add(text)
+                self._progress.warn(f"{name}: {text}")
 
     def again(self, planned: PlannedRow, outcome: RowOutcome) -> None:
         found = str((outcome.error or {}).get("found") or "")
@@ -104,6 +115,7 @@ class Board:
 
     def prepared(self, base_key: str, outcome: RowOutcome) -> None:
         names = ", ".join(self._names.get(base_key, ()))
+        self._warned(names, outcome)
         if outcome.state in ("done", "skipped"):
             self._progress.detail(f"{names} is prepared ({outcome.seconds:.1f} s)")
         else:
@@ -176,3 +188,10 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+@contextlib.contextmanager
+def watched(board: Board, progress: Progress) -> Iterator[None]:
+    """Show the board for as long as the fleet is driven: live on a terminal, else a line now and then."""
+    with progress.showing(board) if isinstance(progress, Console) else contextlib.nullcontext():
+        yield

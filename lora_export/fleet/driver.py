@@ -50,13 +50,15 @@ def drive(
 
 @dataclass
 class _Slot:
-    """What a slot is at. count, first_memory: tasks of its worker, and the bytes that it had after the first."""
+    """What a slot is at. count, first_memory: tasks of its worker, and the bytes that it had after the first; budget:
+    of the node that its task runs on."""
 
     group: Group | None = None
     item: Item | None = None
     kind: Kind = "row"
     count: int = 0
     first_memory: int = 0
+    budget: Budget | None = None
 
 
 class _Run:
@@ -67,7 +69,8 @@ class _Run:
         self.engine, self.store, self.claims = engine, store, claims
         self.root, self.scratch, self.options, self.board = root, scratch, options, board
         self.slots = [_Slot() for _ in engine.slots]
-        self.budgets = _budgets(engine, scratch, options.disk)
+        self._names = {i: slot.name for i, slot in enumerate(engine.slots) if slot.name}
+        self.budgets: dict[str, Budget] = {}
         self.arrived: queue.SimpleQueue[tuple[int, Future[RowOutcome]]] = queue.SimpleQueue()
         self.rows: dict[str, RowOutcome] = {}
         self.bases: dict[str, RowOutcome] = {}
@@ -162,17 +165,18 @@ class _Run:
         """Refuse rows that fit into no node's scratch."""
         for group in self.groups:
             for item in list(group.items):
-                refusals = [b.refusal(item.planned.nbytes) for b in self.budgets.values()]
+                refusals = [self._budget(i).refusal(item.planned.nbytes) for i in range(len(self.slots))]
                 error = refusals[0]
                 if error is not None and all(refusals):
                     group.items.remove(item)
                     self._finish(item, _outcome(item.planned, "refused", error))
 
     def _admitted(self, index: int, item: Item) -> bool:
-        budget = self.budgets[self.engine.slots[index].node]
+        budget = self._budget(index)
         if budget.refusal(item.planned.nbytes) is not None:
             return False
         if budget.admit(index, item.planned.nbytes):
+            self.slots[index].budget = budget
             return True
         for other, slot in enumerate(self.slots):  # what idle workers hold makes room
             if slot.item is None and other != index and budget.held(other):
@@ -180,7 +184,16 @@ class _Run:
         return False
 
     def _release(self, index: int) -> None:
-        self.budgets[self.engine.slots[index].node].release(index)
+        if (budget := self.slots[index].budget) is not None:
+            budget.release(index)
+
+    def _budget(self, index: int) -> Budget:
+        """Of the node that a slot is on, which may change. Only this machine's scratch can be measured."""
+        slot = self.engine.slots[index]
+        if slot.node not in self.budgets:
+            here = self.scratch if slot.name else None
+            self.budgets[slot.node] = Budget(here, self.options.disk, self._names if slot.name else {})
+        return self.budgets[slot.node]
 
     # --- tasks -------------------------------------------------------------------------------------------------
 
@@ -300,13 +313,6 @@ def name_it(store: Store, name: str, key: str) -> None:
     content = (json.dumps({"key": key, "place": f"objects/{key}"}) + "\n").encode()
     if store.read(f"names/{name}.json") != content:
         store.replace(f"names/{name}.json", content)
-
-
-def _budgets(engine: Engine, scratch: Path, limit: int | None) -> dict[str, Budget]:
-    """One for each node. Only this machine's can be measured."""
-    names = {i: slot.name for i, slot in enumerate(engine.slots) if slot.name}
-    here = {slot.node for slot in engine.slots if slot.name}
-    return {s.node: Budget(scratch if s.node in here else None, limit, names) for s in engine.slots}
 
 
 def _outcome(planned: PlannedRow, state: State, error: LoraExportError, kind: Kind = "row") -> RowOutcome:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lora_export.contracts.fleet import RowOutcome, Task
 from lora_export.errors import LoraExportError, WorkerLost
 from lora_export.fleet.engines import workers
+from lora_export.fleet.engines.protocol import Slot
 from lora_export.fleet.engines.sentry import Sentry, end_tree
 from lora_export.fleet.scratch import emptied, folders_of, sweep
 from lora_export.storage.workers import cores
@@ -223,18 +224,20 @@ class LocalSlot:
 class LocalEngine:
     """So many slots on this machine, which share out its cores.
 
-    work: MODULE:NAME of a `Work`; workers: None for one for every two cores. `with` ends all workers.
+    work: MODULE:NAME of a `Work`; count: of workers, None for one for every two cores; most: tasks that there are.
+    `with` ends all workers.
     """
 
-    def __init__(self, work: str, workers_: int | None, scratch: Path) -> None:
+    def __init__(self, work: str, count: int | None, scratch: Path, *, most: int | None = None) -> None:
         available = usable_cores()
-        count = workers_ or max(1, len(available) // CORES_PER_WORKER)
+        count = count or max(1, len(available) // CORES_PER_WORKER)
+        count = count if most is None else max(1, min(count, most))
         self.threads = max(1, len(available) // count)
         token = secrets.token_hex(8)
         self._sentry = Sentry()
         sweep(scratch)
         self._scratch = scratch
-        self.slots: tuple[LocalSlot, ...] = tuple(
+        self.slots: tuple[Slot, ...] = tuple(
             LocalSlot(
                 work,
                 workers.Start(
