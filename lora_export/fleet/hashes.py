@@ -31,6 +31,7 @@ _PATIENCE = 10.0  # seconds that a writer waits for another one
 _THREADS = min(8, os.cpu_count() or 1)
 _LARGE = 2**23  # bytes of a file that is a job of its own
 _TOGETHER = 64  # small files, or folders, of one job
+_LARGEST = 2**29  # bytes of the cache; a larger one is begun anew
 _MOST_HEADER = 100_000_000  # bytes, as the format says
 # Nothing of these is read: pickles, code, exports, and what a training leaves behind.
 _UNREAD = (
@@ -89,20 +90,26 @@ def _sign(status: os.stat_result) -> bytes:
     return b"%d %d %d %d %d" % parts
 
 
+def user_cache() -> Path:
+    """Where hashes of files are kept for this user."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "lora-export" / "hashes.sqlite"
+
+
 @dataclass
 class Hashes:
     """Hashes of folders. cache: a file that many processes may use at once; None: none. read: bytes that had to be
     read."""
 
-    cache: Path | None = None
+    cache: Path | None = field(default_factory=user_cache)
     read: int = field(default=0, init=False)
 
-    def of(self, place: Path) -> Contents:
-        """Of one folder or file. LoraExportError if it cannot be read."""
+    def of(self, place: Path) -> Mapping[str, str]:
+        """The files of one folder or file. LoraExportError if it cannot be read."""
         found = self.of_all([place])[place]
         if isinstance(found, LoraExportError):
             raise found
-        return found
+        return found.files
 
     def of_all(self, places: Iterable[Path]) -> dict[Path, Contents | LoraExportError]:
         """Of each folder or file, or why it cannot be read."""
@@ -129,6 +136,8 @@ class Hashes:
         if self.cache is not None:
             with contextlib.suppress(OSError, sqlite3.Error):  # without a cache everything is read again
                 self.cache.parent.mkdir(parents=True, exist_ok=True)
+                if self.cache.is_file() and self.cache.stat().st_size > _LARGEST:
+                    self.cache.unlink()
                 connection = sqlite3.connect(self.cache, timeout=_PATIENCE, isolation_level=None)
                 connection.execute(_TABLE)
         try:

@@ -139,7 +139,7 @@ def _value(value: Any, name: str) -> object:
 
 
 def _contents(path: Path) -> object:
-    return Hashes().of(path).files if path.is_dir() else sha256(path)
+    return Hashes().of(path) if path.is_dir() else sha256(path)
 
 
 def _signer(path: Path) -> str:

@@ -17,10 +17,10 @@ from lora_export.checkpoint import open_checkpoint
 from lora_export.checkpoint.adapter_files import open_adapter_files, single_file
 from lora_export.checkpoint.pipeline import is_pipeline
 from lora_export.checkpoint.sources import adapter_choices, resolve
-from lora_export.contracts import AdapterChoice, FleetOptions, FleetRow, PlannedRow, Progress
+from lora_export.contracts import AdapterChoice, FleetOptions, FleetRow, PlannedRow, Progress, Source
 from lora_export.contracts.fleet import KEPT, State
 from lora_export.errors import InputError, LoraExportError
-from lora_export.fleet.hashes import Contents, Hashes
+from lora_export.fleet.hashes import Contents, Hashes, user_cache
 from lora_export.fleet.keys import Spelled, base_inputs, key_of, row_inputs
 from lora_export.fleet.records import decoded
 from lora_export.fleet.stores.protocol import Store
@@ -35,23 +35,17 @@ def plan(
 ) -> tuple[PlannedRow, ...]:
     """Each row of this shard with its key, its state and what it needs, in the order of `rows`.
 
-    cache: of the hashes of files; None: `hash_cache()`. A row that is refused says why, and stops no other.
+    cache: of the hashes of files; None: the user's. A row that is refused says why, and stops no other.
     InputError for a shard that is none; OutputError for a store that does not answer.
     """
     shard = shard_of(options.shard)
     progress.stage(f"plan: {len(rows)} rows")
-    found = _Inputs(options.scratch, Hashes(cache or hash_cache()), progress)
+    found = _Inputs(options.scratch, Hashes(cache or user_cache()), progress)
     found.find(rows)
     planned = [found.planned(row) for row in rows]
     ours = [p for p in planned if shard is None or in_shard(p, *shard)]
     _with_states(ours, store, options)
     return tuple(found.finished(p) for p in ours)
-
-
-def hash_cache() -> Path:
-    """Where hashes of files are kept for this user."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "lora-export" / "hashes.sqlite"
 
 
 def shard_of(text: str | None) -> tuple[int, int] | None:
@@ -128,8 +122,8 @@ class _Inputs:
 
     def find(self, rows: Sequence[FleetRow]) -> None:
         """Bring what lies elsewhere, and hash everything."""
-        self.models = _each((row.model for row in rows), self._model)
-        self.choices = _each((a for row in rows for a in row.adapters), self._choice)
+        self.models = _each((row.model for row in rows), lambda m: located_model(m, self.scratch).folder)
+        self.choices = _each((a for row in rows for a in row.adapters), lambda a: located_adapter(a, self.scratch))
         places = [m for m in self.models.values() if isinstance(m, Path)]
         places += [c.folder for c in self.choices.values() if isinstance(c, AdapterChoice)]
         self.files = self.hashes.of_all(places)
@@ -181,25 +175,6 @@ class _Inputs:
         )
 
     # --- finding ---------------------------------------------------------------------------------------------
-
-    def _model(self, model: str) -> Path:
-        return self._localized(model) if "://" in model else resolve(model).folder
-
-    def _choice(self, adapter: str) -> AdapterChoice:
-        if "://" not in adapter:
-            return adapter_choices(adapter)[0]
-        where, _, tail = adapter.rpartition(":")
-        try:
-            url, weight = where, float(tail)
-        except ValueError:
-            url, weight = adapter, 1.0
-        return AdapterChoice(self._localized(url), weight, url)
-
-    def _localized(self, url: str) -> Path:
-        from lora_export.fleet.stores.inputs import localized
-
-        local: Path = localized(url, inputs_folder(self.scratch))
-        return local
 
     # --- what headers show -----------------------------------------------------------------------------------
 
@@ -265,6 +240,29 @@ class _Inputs:
             except LoraExportError as error:
                 self._weights[what] = error
         return _found(self._weights[what])
+
+
+def located_model(model: str, scratch: Path | None) -> Source:
+    """The folder of a row's model on this machine. InputError if there is none."""
+    return Source(model, _localized(model, scratch)) if "://" in model else resolve(model)
+
+
+def located_adapter(adapter: str, scratch: Path | None) -> AdapterChoice:
+    """The same of one of its adapters, with its weight."""
+    if "://" not in adapter:
+        return adapter_choices(adapter)[0]
+    where, _, tail = adapter.rpartition(":")
+    try:
+        url, weight = where, float(tail)
+    except ValueError:
+        url, weight = adapter, 1.0
+    return AdapterChoice(_localized(url, scratch), weight, url)
+
+
+def _localized(url: str, scratch: Path | None) -> Path:
+    from lora_export.fleet.stores.inputs import localized
+
+    return localized(url, inputs_folder(scratch))
 
 
 def inputs_folder(scratch: Path | None) -> Path:
