@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
+from lora_export.contracts.figures import Figure
 from lora_export.contracts.option import option
 from lora_export.contracts.options import StoryOptions
 from lora_export.contracts.tool_options import PackageOptions
@@ -116,10 +117,10 @@ class RowFigures:
     graph; nbytes: of the object; checks, failed: how many.
     """
 
-    survival: float | None = None
-    delta_survival: float | None = None
-    kl: float | None = None
-    ratio: float | None = None
+    survival: Figure | None = None
+    delta_survival: Figure | None = None
+    kl: Figure | None = None
+    ratio: Figure | None = None
     nbytes: int | None = None
     checks: int = 0
     failed: int = 0

@@ -63,7 +63,7 @@ def of_run(
             root=without_secrets(store.where),
             seconds=result.seconds,
             totals=totals(rows),
-            bases=bases(rows, models, result.bases, before, store),
+            bases=bases(rows, models, result.bases, (before,) if before else (), store),
             rows=tuple(rows),
             shard=shard or "",
         ),
@@ -133,16 +133,16 @@ def bases(
     rows: Sequence[FleetReportRow],
     models: Mapping[str, str],
     prepared: Sequence[RowOutcome],
-    before: FleetReport | None,
+    earlier: Sequence[FleetReport],
     store: Place,
 ) -> tuple[FleetReportBase, ...]:
-    """By the name of a base its totals, and what its rows share: of this run, else of the run before, else of the
-    store."""
+    """By the name of a base its totals, and what its rows share: of this run, else of the first earlier one that
+    has it, else of the store."""
     by_base: dict[str, list[FleetReportRow]] = {}
     for row in rows:
         by_base.setdefault(row.base, []).append(row)
     fresh = {outcome.key: outcome for outcome in prepared}
-    old = {p.key: p for base in (before.bases if before else ()) for p in base.preparations}
+    old = {p.key: p for report in reversed(earlier) for base in report.bases for p in base.preparations}
     return tuple(
         FleetReportBase(
             name=name,

@@ -45,6 +45,10 @@ class Changed:
 def verdict(report: FleetReport) -> tuple[str, Tone]:
     """Whether every adapter is there, and the colour of that."""
     missing = sum(n for state, n in report.totals.items() if state not in THERE)
+    absent = _absent(report.joined)
+    if absent:
+        said = f"{len(absent):,} of {count(len(absent) + len(report.joined), 'shard')}"
+        return f"{said} left no report", "bad"
     if not report.rows:
         return "No adapters", "unsure"
     if missing:
@@ -70,6 +74,7 @@ def about(report: FleetReport) -> list[tuple[str, str]]:
     nbytes = [r.nbytes for r in report.rows if r.nbytes is not None]
     rows = [("Root", report.root), ("Written", report.created)]
     rows += [("Shard", f"{report.shard}: only a part of the fleet")] if report.shard else []
+    rows += [("Shards", _shards(report.joined))] if report.joined else []
     rows += [("Objects", f"{size(sum(nbytes))} in {count(len(nbytes), 'object')}")] if nbytes else []
     if report.previous:
         before = report.previous
@@ -84,6 +89,20 @@ def share(value: float | None) -> str:
 
 def figure(value: float | None) -> str:
     return DASH if value is None else "not a number" if math.isnan(value) else number(value)
+
+
+def _shards(joined: Sequence[str]) -> str:
+    absent = _absent(joined)
+    said = f"{len(joined):,} of {len(joined) + len(absent):,}"
+    return said + (f"; no report of {', '.join(absent)}" if absent else "")
+
+
+def _absent(joined: Sequence[str]) -> list[str]:
+    """Shards whose report is missing."""
+    if not joined:
+        return []
+    of = joined[0].partition("/")[2]
+    return [shard for at in range(int(of)) if (shard := f"{at}/{of}") not in joined]
 
 
 def survival(row: FleetReportRow) -> str:

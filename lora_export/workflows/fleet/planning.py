@@ -332,3 +332,13 @@ def _output(row: FleetRow, weights: _Weights) -> int:
     run = _graph(row, weights) + (weights.nbytes if row.options.merged_folder else 0)
     package = weights.nbytes if row.target in ("hf", "gguf") else _graph(row, weights)
     return {"run": run, "package": package, "both": run + package}[row.keep]
+
+
+def to_do(planned: Iterable[PlannedRow]) -> list[PlannedRow]:
+    return [p for p in planned if p.state is None]
+
+
+def disk_at_once(planned: Iterable[PlannedRow], options: FleetOptions) -> int:
+    """Scratch of this machine's workers, if the rows that need most come together."""
+    workers = options.workers or max(1, (os.cpu_count() or 1) // 2)
+    return sum(sorted((p.nbytes for p in to_do(planned)), reverse=True)[:workers])
