@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from lora_export.contracts.fleet import RowOutcome, Task
 from lora_export.errors import LoraExportError, WorkerLost
 from lora_export.fleet.engines import workers
-from lora_export.fleet.engines.protocol import Slot
 from lora_export.fleet.engines.sentry import Sentry, end_tree
 from lora_export.fleet.scratch import emptied, folders_of, sweep
 from lora_export.storage.workers import cores
@@ -243,7 +242,7 @@ class LocalEngine:
         self._sentry = Sentry()
         sweep(scratch)
         self._scratch = scratch
-        self.slots: tuple[Slot, ...] = tuple(
+        self.slots: tuple[LocalSlot, ...] = tuple(
             LocalSlot(
                 work,
                 workers.Start(
