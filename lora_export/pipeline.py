@@ -52,7 +52,7 @@ def merge_and_export(
 
     shared: what was made of the base before, and is taken where the merged model has the base's graph.
     """
-    options, images = _with_provider(options), is_pipeline(base.folder)
+    options, images = with_provider(options), is_pipeline(base.folder)
     options = options if images else with_budget(options, base.folder)
     earlier = options.export.graph_from
     inputs = [base.folder, *(a.folder for a in adapters), *([earlier] if earlier else [])]
@@ -96,7 +96,7 @@ def _shareable(shared: SharedBase | None, planned: "MergePlan", progress: Progre
     return None if reason else shared
 
 
-def _with_provider(options: StoryOptions) -> StoryOptions:
+def with_provider(options: StoryOptions) -> StoryOptions:
     """With the provider that really runs a model here in all stages, and the precision of an earlier export."""
     from lora_export.runtime import resolve_provider
 
@@ -142,6 +142,7 @@ def _run(told: Told, stage: Path, work: Path, progress: Progress) -> Story:
         dequantized=dequantized,
         graphs_alone=not options.merged_folder,
         options=options.validation,
+        known=shared.known if shared is not None else None,
         progress=progress,
     )
     story = Story(stage, merged, validate=checked, export=pair.merged, budget=budget)

@@ -262,7 +262,8 @@ def verify(
     """Check again what an earlier merge, run or packaging left.
 
     Args:
-        path: A merged folder, the folder of a whole run, or a package (folder or archive).
+        path: A merged folder, the folder of a whole run, a package (folder or archive), or the root of a fleet
+            (a folder or a URL).
         base: The base that was merged into; without it (and for packages) only hashes can be checked.
         adapters: What was merged, with the same weights.
         options: How much of a merge is recomputed; the key, and the runtime, of a package.
@@ -277,7 +278,7 @@ def verify(
     from lora_export.workflows.verifying import verify as verify_path
 
     folder = resolve(base).folder if base else None
-    return verify_path(Path(path), folder, adapter_choices(adapters), options or VerifyOptions(), progress)
+    return verify_path(path, folder, adapter_choices(adapters), options or VerifyOptions(), progress)
 
 
 def env() -> dict[str, Any]:

@@ -129,7 +129,8 @@ class RowFigures:
 @dataclass(frozen=True)
 class RowOutcome:
     """What became of a task. attempts: how often a worker took it up; stages: stage → seconds; memory_bytes: peak
-    of the worker; worker: which one, for people; report: the page, below the root; place: folder below the root.
+    of the worker; worker: which one, for people; report: the page, below the root; place: folder below the root;
+    warnings: of its stages.
     """
 
     name: str
@@ -145,6 +146,7 @@ class RowOutcome:
     worker: str = ""
     place: str = ""
     report: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from lora_export.workflows.trained_base import stand_in
 
 if TYPE_CHECKING:
     from lora_export.merging import MergePlan
+    from lora_export.validation.known import KnownBase
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,12 @@ class SharedBase:
     """What a run need not make of its base again.
 
     export: the base, exported as the run's own options would; measured: base, merged and unmerged graph of one
-    adapter, None where they were not; claim: which adapter's, when and on what, in words; home: a folder of this
-    machine for what else is made of the base once.
+    adapter, None where they were not; claim: which adapter's, when and on what, in words; known: what the base
+    answers; home: a folder of this machine for what else is made of the base once.
     """
 
     export: ExportResult
+    known: "KnownBase | None"
     home: Path
     measured: BenchmarkResult | None = None
     claim: str = ""
@@ -42,20 +44,23 @@ def why_not_shared(planned: "MergePlan") -> str:
     return ""
 
 
+def same_graph(shared: SharedBase, exported: ExportResult) -> tuple[str, ...]:
+    """The SHA-256 of each graph, if all of this export's are the base's byte for byte; () if not."""
+    if exported.graphs != shared.export.graphs:
+        return ()
+    own = tuple(sha256(path) for path in exported.paths)
+    return own if own == tuple(sha256(path) for path in shared.export.paths) else ()
+
+
 def measured_before(shared: SharedBase, exported: ExportResult) -> BenchmarkResult | None:
-    """The measurement of the base's graph, which is this export's graph byte for byte; None where it is not, or where
+    """The measurement of the base's graph, if that is this export's graph, too; None where it is not, or where
     nothing was measured. A note says exactly what is claimed."""
-    if shared.measured is None or exported.graphs != shared.export.graphs:
+    hashes = same_graph(shared, exported) if shared.measured is not None else ()
+    if shared.measured is None or not hashes:
         return None
-    own = [sha256(path) for path in exported.paths]
-    if own != [sha256(path) for path in shared.export.paths]:
-        return None
-    files = ", ".join(f"{name} {digest}" for name, digest in zip(exported.graphs, own, strict=True))
-    plural = len(own) > 1
-    note = (
-        f"{shared.claim}; not measured for this adapter, whose graph{'s are' if plural else ' is'} the same "
-        f"file{'s' if plural else ''}, with the SHA-256 {files}"
-    )
+    files = ", ".join(f"{name} {digest}" for name, digest in zip(exported.graphs, hashes, strict=True))
+    whose = "whose graph is the same file" if len(hashes) == 1 else "whose graphs are the same files"
+    note = f"{shared.claim}; not measured again for this adapter, {whose}, with the SHA-256 {files}"
     return replace(shared.measured, notes=(*shared.measured.notes, note), samples={}, conditions={})
 
 

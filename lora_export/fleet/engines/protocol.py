@@ -14,6 +14,7 @@ class Slot(Protocol):
     holds in memory stay. A worker that died is replaced before the next task."""
 
     node: str  # whose scratch it uses
+    name: str  # of its workers' folders there (`scratch.folders_of`), "" where that is on another machine
 
     def submit(self, task: Task, timeout: float) -> "Future[RowOutcome]":
         """A future that never raises for what happens to the worker: a dead one is an outcome `died` with how it

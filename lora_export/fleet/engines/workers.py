@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import cast
 
 from lora_export.contracts.fleet import RowOutcome, Task
+from lora_export.errors import LoraExportError
 from lora_export.fleet.engines.protocol import Work
 from lora_export.fleet.scratch import claimed_folder, emptied
 
@@ -57,12 +58,12 @@ class Start:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker sends back: an outcome, or the exception of the work as text. rss: bytes of the process after
-    the task."""
+    """What a worker sends back: an outcome, or the exception of the work in words, and where in the code it arose.
+    rss: bytes of the process after the task."""
 
     outcome: RowOutcome | None
     error: str = ""
-    trace: str = ""
+    where: str = ""
     rss: int = 0
 
 
@@ -103,7 +104,18 @@ def perform(work: str, task: Task) -> Answer:
             raise TypeError(f"{work} returned {type(outcome).__name__}, not RowOutcome")
         return Answer(outcome, rss=_resident())
     except BaseException as error:  # plain text: an exception that cannot be pickled would take the pool with it
-        return Answer(None, f"{type(error).__name__}: {error}", traceback.format_exc())
+        frames = traceback.extract_tb(error.__traceback__)[1:]
+        return Answer(None, _in_words(error), " < ".join(f"{f.filename}:{f.lineno}" for f in frames[:-5:-1]))
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    if isinstance(error, LoraExportError):
+        return error.found
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    return f"internal error, please report it: {type(error).__name__}: {error}"
 
 
 _home: Path | None = None  # the folder of this process, locked as long as it lives
