@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from lora_export.commands.main import cli
-from lora_export.contracts import FleetReport, FleetResult, PlannedRow, Record, RowFigures, RowOutcome
+from lora_export.contracts import FleetReport, FleetResult, FleetRow, PlannedRow, Record, RowFigures, RowOutcome
 from lora_export.errors import InputError
 from lora_export.fleet import records
 from lora_export.fleet.stores.protocol import opened
@@ -57,9 +57,14 @@ def again(made: Made) -> Made:
     for outcome, plan in zip(*(made[0].rows, made[1]), strict=True):
         state = "skipped" if outcome.state == "done" else outcome.state
         stands = state in ("skipped", "gate", "refused")
-        rows.append(RowOutcome(outcome.name, outcome.key, state, place=outcome.place, error=outcome.error))
-        planned.append(replace(plan, state=state if stands else None))
+        rows.append(RowOutcome(outcome.name, outcome.key, state, error=outcome.error))
+        told = {"state": state, "base_key": "", "alone": "", "error": outcome.error} if stands else {}
+        planned.append(replace(plan, **told))  # type: ignore[arg-type]
     return FleetResult(made[0].root, tuple(rows)), tuple(planned)
+
+
+def renamed(row: FleetRow) -> FleetRow:
+    return replace(row, adapters=("elsewhere/the-same-files",))
 
 
 def finished(made: Made) -> Made:
@@ -107,7 +112,7 @@ WORKED: list[tuple[str, Callable[[Made], Made]]] = [
     ("a row died", lambda m: with_row(m, 0, plan={"state": None}, state="died", attempts=3)),
     ("a row is gone", lambda m: (replace(m[0], rows=m[0].rows[1:]), m[1][1:])),
     ("another key is there", lambda m: with_row(m, 0, plan={"key": "f" * 64}, key="f" * 64)),
-    ("a row is shared no more", lambda m: with_row(m, 0, plan={"base_key": "", "alone": "it brings a head"})),
+    ("another adapter has the name", lambda m: with_row(m, 0, plan={"row": renamed(m[1][0].row)})),
     ("a gate failed again", lambda m: with_row(m, 0, plan={"state": None}, state="gate")),
 ]
 
@@ -133,15 +138,17 @@ def test_skipped_row_keeps_figures_of_the_run_that_made_it(made: Made, place: Fo
     assert replace(row, state=was.state) == was and was.seconds > 0 and was.survival is not None
 
 
-def test_skipped_row_without_document_has_figures_of_its_record(made: Made, tmp_path: Path) -> None:
-    made = finished(made)
+@pytest.mark.parametrize("state", ["done", "gate"])
+def test_row_that_stands_without_document_has_figures_of_its_record(made: Made, tmp_path: Path, state: str) -> None:
     store = opened(str(tmp_path / "root"))
-    outcome = made[0].rows[0]
-    keep(store, outcome, made[1][0])
-    rows = replace(outcome, state="skipped", place="", seconds=0.0, figures=RowFigures())
-    report = fleet_document.write(FleetResult(store.where, (rows,)), (replace(made[1][0], state="skipped"),), store)
-    assert report.rows[0].seconds == outcome.seconds and report.rows[0].survival == outcome.figures.survival
-    assert report.rows[0].place == outcome.place and report.rows[0].state == "skipped"
+    at = next(at for at, row in enumerate(made[0].rows) if row.state == state and made[1][at].base_key)
+    outcome, plan = made[0].rows[at], made[1][at]
+    keep(store, outcome, plan)
+    (rows, plans) = again((replace(made[0], rows=(outcome,)), (plan,)))
+    row = fleet_document.write(rows, plans, store).rows[0]
+    assert (row.seconds, row.survival) == (outcome.seconds, outcome.figures.survival)
+    assert (row.place, row.report, row.base_key) == (outcome.place, outcome.report, plan.base_key)
+    assert row.state == ("skipped" if state == "done" else "gate") and row.made
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"schema_version": 2}', b"\xff", b'{"schema_version": 1}'])
