@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lora_export.contracts import AdapterChoice, ExportedPair, Progress, ValidationOptions, ValidationResult
 
 if TYPE_CHECKING:
+    from lora_export.validation.known import KnownBase
     from lora_export.validation.stages import Validation
 
 
@@ -23,20 +24,22 @@ def validate(
     dequantized: Path | None = None,
     graphs_alone: bool = False,
     options: ValidationOptions | None = None,
+    known: "KnownBase | None" = None,
     progress: Progress,
 ) -> ValidationResult:
     """Compare a merged folder, and ONNX graphs made from it, with the unmerged model in fp32.
 
     dequantized: an fp32 copy of a base whose format transformers cannot load everywhere; it stands for the base.
     Needed, too, for any quantized base of a model that `streams`. graphs_alone: `merged` is an outline without
-    numbers, and only the graphs are compared.
+    numbers, and only the graphs are compared. known: where answers that depend on the base alone are kept for the
+    next validation, and taken from; None computes all of them.
     """
     from lora_export.validation.folder.settings import settings_check
     from lora_export.validation.stages import combined, result_of
 
     options = seeded(options or ValidationOptions())
     given = exports, dequantized, graphs_alone, options, progress
-    with prepared(base, adapters, merged, *given) as task:
+    with prepared(base, adapters, merged, *given, known) as task:
         # An outline is no folder that anybody loads, and does not hold the tensors that its settings follow.
         checks = () if graphs_alone else (settings_check(task.settings, merged),)
         result = result_of(task if options.merge.combine == "none" else combined(task))
@@ -53,6 +56,7 @@ def prepared(
     graphs_alone: bool,
     options: ValidationOptions,
     progress: Progress,
+    known: "KnownBase | None" = None,
 ) -> "Iterator[Validation]":
     """The inputs of a validation, read and checked."""
     import transformers
@@ -80,6 +84,7 @@ def prepared(
             options=options,
             progress=progress,
             scratch=scratch,
+            known=known,
         )
 
 

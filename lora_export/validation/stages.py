@@ -30,6 +30,7 @@ from lora_export.validation.effect.precisions import adapter_survival
 from lora_export.validation.folder.companions import CERTIFICATE, declared, replication
 from lora_export.validation.folder.stored import Changed, stored_check, tied_names
 from lora_export.validation.graphs.exports import Judge
+from lora_export.validation.known import KnownBase
 from lora_export.validation.reference.combined import WITHOUT_A_RUN, reference_adapter
 from lora_export.validation.reference.files import headers
 from lora_export.validation.reference.loading import (
@@ -67,6 +68,7 @@ class Validation:
     options: ValidationOptions
     progress: Progress
     scratch: Path
+    known: KnownBase | None = None
 
 
 @dataclass(frozen=True)

@@ -6,31 +6,55 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from lora_export.contracts.fleet import FleetRow, PlannedRow, RowFigures, RowOutcome, Task
-from lora_export.errors import InputError
+from lora_export.contracts.fleet import FleetRow, PlannedRow, Record, RowFigures, RowOutcome, State, Task
+from lora_export.errors import GateFailed, InputError
+from lora_export.fleet.stores import opened
 
 WORK = "tests.fleet.fakes:work"
 
 
 def planned(name: str, key: str = "", **more: object) -> PlannedRow:
-    row = FleetRow(name, "base", "models/base", (f"adapters/{name}",))
-    return PlannedRow(row, key or f"{name}-key", **more)  # type: ignore[arg-type]
+    """name: what the work does, up to a hyphen; after an @, its base."""
+    base = name.partition("@")[2] or "base"
+    row = FleetRow(name, base, f"models/{base}", (f"adapters/{name}",))
+    return PlannedRow(row, key or f"{name.replace('@', '-at-')}-key", **more)  # type: ignore[arg-type]
 
 
 def task(name: str, scratch: Path, **more: object) -> Task:
-    return Task("row", planned(name, **more), "", scratch)
+    return Task("row", planned(name, **more), "", scratch)  # type: ignore[arg-type]
 
 
 def work(task: Task) -> RowOutcome:
-    """What the row's name says, up to a hyphen."""
-    row = task.planned
-    name = row.row.name
-    (task.scratch / "half").write_bytes(bytes(1000))
-    WAYS.get(name.partition("-")[0], lambda: None)()
+    """What the row's name says (of a base: its key), and then its object, if there is a root."""
+    name = task.planned.base_key if task.kind == "base" else task.planned.row.name
+    key = task.planned.base_key if task.kind == "base" else task.planned.key
+    folder = task.scratch / "object"
+    folder.mkdir()
+    (folder / "half").write_bytes(bytes(1000))
+    done: State = "done"
+    if os.environ.get("FAKES_LOG"):
+        with Path(os.environ["FAKES_LOG"]).open("a") as file:
+            file.write(f"{task.kind} {name} {key} {os.getpid()}\n")
+    try:
+        WAYS.get(name.partition("@")[0].partition("-")[0], lambda: None)()
+    except GateFailed:
+        done = "gate"
     figures = RowFigures(kl=float("nan") if name.startswith("nan") else 0.5)
-    return RowOutcome(name, row.key, "done", seconds=0.01, figures=figures, worker=str(os.getpid()))
+    outcome = RowOutcome(
+        task.planned.row.name, key, done, task.kind, seconds=0.01, figures=figures, worker=str(os.getpid()),
+        memory_bytes=int(os.environ.get("FAKES_MEMORY", "0")),
+    )  # fmt: skip
+    if task.root:
+        place = "bases" if task.kind == "base" else "failed" if done == "gate" else "objects"
+        (folder / "half").rename(folder / "whole")
+        (folder / "name").write_text(key)
+        if not opened(task.root).publish(folder, f"{place}/{key}", Record(1, key, {}, outcome, {})):
+            return replace(outcome, state="skipped")
+    return outcome
 
 
 def segfault() -> None:
@@ -59,6 +83,22 @@ def children() -> None:
     ]
     Path(os.environ["FAKES_PIDS"]).write_text(" ".join(map(str, pids)))
     time.sleep(1000)
+
+
+def gate() -> None:
+    raise GateFailed("validation failed")
+
+
+def once(way: Callable[[], None]) -> Callable[[], None]:
+    """Go wrong the first time only."""
+
+    def go() -> None:
+        seen = Path(os.environ["FAKES_ONCE"])
+        if not seen.exists():
+            seen.touch()
+            way()
+
+    return go
 
 
 def refuse() -> None:
@@ -91,6 +131,9 @@ WAYS = {
     "memory": memory,
     "children": children,
     "refuse": refuse,
+    "gate": gate,
+    "once": once(lambda: os._exit(9)),
+    "short": lambda: time.sleep(0.05),
     "odd": odd,
     "noise": noise,
 }

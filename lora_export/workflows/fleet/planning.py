@@ -1,0 +1,344 @@
+"""What a fleet has to do, from headers and hashes alone: keys, shared bases, what is done already, what it takes.
+
+Nothing here loads torch or reads a weight, except to hash a file that was not hashed before.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+from lora_export.allowed import check_adapter_folder
+from lora_export.checkpoint import open_checkpoint
+from lora_export.checkpoint.adapter_files import open_adapter_files, single_file
+from lora_export.checkpoint.pipeline import is_pipeline
+from lora_export.checkpoint.sources import adapter_choices, resolve
+from lora_export.contracts import AdapterChoice, FleetOptions, FleetRow, PlannedRow, Progress
+from lora_export.contracts.fleet import KEPT, State
+from lora_export.errors import InputError, LoraExportError
+from lora_export.fleet.hashes import Hashes
+from lora_export.fleet.keys import Spelled, base_inputs, key_of, row_inputs
+from lora_export.fleet.records import decoded
+from lora_export.fleet.stores.protocol import Store
+
+T = TypeVar("T")
+_DOWNLOADS = 8  # at once
+_WIDEST = 4  # bytes of a number in a graph, at most
+
+
+def plan(
+    rows: Sequence[FleetRow], store: Store, options: FleetOptions, progress: Progress, *, cache: Path | None = None
+) -> tuple[PlannedRow, ...]:
+    """Each row of this shard with its key, its state and what it needs, in the order of `rows`.
+
+    cache: of the hashes of files; None: `hash_cache()`. A row that is refused says why, and stops no other.
+    InputError for a shard that is none; OutputError for a store that does not answer.
+    """
+    shard = shard_of(options.shard)
+    progress.stage(f"plan: {len(rows)} rows")
+    found = _Inputs(options.scratch, Hashes(cache or hash_cache()), progress)
+    found.find(rows)
+    planned = [found.planned(row) for row in rows]
+    ours = [p for p in planned if shard is None or in_shard(p, *shard)]
+    _with_states(ours, store, options)
+    return tuple(found.finished(p) for p in ours)
+
+
+def hash_cache() -> Path:
+    """Where hashes of files are kept for this user."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "lora-export" / "hashes.sqlite"
+
+
+def shard_of(text: str | None) -> tuple[int, int] | None:
+    """(I, N) of I/N. InputError for anything else."""
+    if text is None:
+        return None
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise InputError(
+            f"--shard {text}", expected="I/N with 0 ≤ I < N: 0/4, 1/4, 2/4 and 3/4 are all rows, counted from 0"
+        )
+    return int(index), int(count)
+
+
+def in_shard(planned: PlannedRow, index: int, count: int) -> bool:
+    """Whether a row is of a shard: by its key, or by its name where its inputs cannot be read."""
+    digits = planned.key or hashlib.sha256(planned.row.name.encode()).hexdigest()
+    return int(digits, 16) % count == index
+
+
+# --- the states of rows ------------------------------------------------------------------------------------------
+
+
+def _with_states(planned: list[PlannedRow], store: Store, options: FleetOptions) -> None:
+    """The state that the store has for each key, in place: an object is skipped, a verdict stands."""
+    objects, failed = store.records("objects"), store.records("failed")
+    for index, one in enumerate(planned):
+        if one.state is None and one.key in objects:
+            planned[index] = replace(one, state="skipped")
+        elif one.state is None and one.key in failed:
+            planned[index] = _judged(one, failed[one.key], store.where, options)
+
+
+def _judged(planned: PlannedRow, raw: bytes, where: str, options: FleetOptions) -> PlannedRow:
+    """With a verdict of an earlier run, unless it is to be tried again. A damaged one is no verdict."""
+    try:
+        outcome = decoded(raw, f"{where}/failed/{planned.key}/record.json").outcome
+    except InputError:
+        return planned
+    again: Mapping[str | None, tuple[State, ...]] = {"failed": ("gate",), "refused": ("refused",)}
+    if outcome.state not in KEPT or outcome.state in again.get(options.again, ()):
+        return planned
+    return replace(planned, state=outcome.state, error=outcome.error)
+
+
+# --- inputs ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """nbytes: of the merged weights; widest: of the same in fp32."""
+
+    nbytes: int
+    widest: int
+
+
+@dataclass
+class _Inputs:
+    """Bases and adapters of all rows: each found, hashed and looked at once."""
+
+    scratch: Path | None
+    hashes: Hashes
+    progress: Progress
+    spelled: Spelled = field(default_factory=Spelled)
+    models: dict[str, Path | LoraExportError] = field(default_factory=dict)
+    choices: dict[str, AdapterChoice | LoraExportError] = field(default_factory=dict)
+    files: Mapping[Path, Mapping[str, str] | LoraExportError] = field(default_factory=dict)
+    _checked: dict[tuple[object, ...], LoraExportError | None] = field(default_factory=dict)
+    _weights: dict[tuple[object, ...], _Weights | LoraExportError] = field(default_factory=dict)
+
+    def find(self, rows: Sequence[FleetRow]) -> None:
+        """Bring what lies elsewhere, and hash everything."""
+        self.models = _each((row.model for row in rows), self._model)
+        self.choices = _each((a for row in rows for a in row.adapters), self._choice)
+        places = [m for m in self.models.values() if isinstance(m, Path)]
+        places += [c.folder for c in self.choices.values() if isinstance(c, AdapterChoice)]
+        self.files = self.hashes.of_all(places)
+        self.progress.detail(
+            f"{len(self.files)} folders, {self.hashes.read / 1e6:,.1f} MB of them read to hash them"
+        )
+
+    def planned(self, row: FleetRow) -> PlannedRow:
+        """With its key, or refused where an input cannot be read."""
+        try:
+            base, adapters = self.base_of(row), self.adapters_of(row)
+            pairs = [(_found(self.files[a.folder]), a.weight) for a in adapters]
+            return PlannedRow(row, key_of(row_inputs(row, _found(self.files[base]), pairs, self.spelled)))
+        except LoraExportError as error:
+            return PlannedRow(row, "", state="refused", error=error.as_json())
+        except OSError as error:
+            told = InputError(f"the file cannot be read: {error.strerror}", where=error.filename)
+            return PlannedRow(row, "", state="refused", error=told.as_json())
+
+    def base_of(self, row: FleetRow) -> Path:
+        return _found(self.models[row.model])
+
+    def adapters_of(self, row: FleetRow) -> list[AdapterChoice]:
+        return [_found(self.choices[a]) for a in row.adapters]
+
+    def finished(self, planned: PlannedRow) -> PlannedRow:
+        """With its base and its needs, if it is to be done; or refused by what headers show."""
+        if planned.state is not None:
+            return planned
+        from lora_export.workflows.fleet.base import why_alone
+
+        row = planned.row
+        try:
+            base, adapters = self.base_of(row), self.adapters_of(row)
+            self._refuse(row, base, adapters)
+            weights = self._weights_of(row, base)
+            alone = why_alone(row, base, adapters)
+        except LoraExportError as error:
+            return replace(planned, state="refused", error=error.as_json())
+        except OSError as error:
+            told = InputError(f"the file cannot be read: {error.strerror}", where=error.filename)
+            return replace(planned, state="refused", error=told.as_json())
+        base_key = "" if alone else key_of(base_inputs(row, _found(self.files[base]), self.spelled))
+        return replace(
+            planned,
+            alone=alone,
+            base_key=base_key,
+            nbytes=_scratch(row, weights),
+            output_bytes=_output(row, weights),
+        )
+
+    # --- finding ---------------------------------------------------------------------------------------------
+
+    def _model(self, model: str) -> Path:
+        return self._localized(model) if "://" in model else resolve(model).folder
+
+    def _choice(self, adapter: str) -> AdapterChoice:
+        if "://" not in adapter:
+            return adapter_choices(adapter)[0]
+        where, _, tail = adapter.rpartition(":")
+        try:
+            url, weight = where, float(tail)
+        except ValueError:
+            url, weight = adapter, 1.0
+        return AdapterChoice(self._localized(url), weight, url)
+
+    def _localized(self, url: str) -> Path:
+        from lora_export.fleet.stores.inputs import localized
+
+        local: Path = localized(url, inputs_folder(self.scratch))
+        return local
+
+    # --- what headers show -----------------------------------------------------------------------------------
+
+    def _refuse(self, row: FleetRow, base: Path, adapters: Sequence[AdapterChoice]) -> None:
+        """LoraExportError for what a run of this row would refuse by files, names and headers."""
+        options = row.options
+        self._once(("base", base), lambda: _refuse_base(base))
+        if not is_pipeline(base):
+            self._once(("export", base, id(options.export)), lambda: _refuse_export(base, row))
+        for text in (options.validation.prompts, options.validation.text, options.export.quantization.calibration):
+            if text is not None:
+                self._once(("text", text), lambda text=text: _refuse_text(text))  # type: ignore[misc]
+        if row.target is not None:
+            self._once(("package", row.target, id(options)), lambda: _refuse_package(row))
+        for adapter in adapters:
+            check_adapter_folder(adapter.folder)
+            if not is_pipeline(base) or single_file(adapter.folder) is None:
+                open_adapter_files(adapter.folder)
+
+    def _once(self, what: tuple[object, ...], check: Callable[[], None]) -> None:
+        """A check that many rows share."""
+        if what not in self._checked:
+            try:
+                check()
+                self._checked[what] = None
+            except LoraExportError as error:
+                self._checked[what] = error
+        refused = self._checked[what]
+        if refused is not None:
+            raise refused
+
+    def _weights_of(self, row: FleetRow, base: Path) -> _Weights:
+        what = (base, row.options.merge)
+        if what not in self._weights:
+            try:
+                self._weights[what] = _measured(base, row)
+            except LoraExportError as error:
+                self._weights[what] = error
+        return _found(self._weights[what])
+
+
+def inputs_folder(scratch: Path | None) -> Path:
+    """Where adapters and bases of object stores are brought, on each node."""
+    return (scratch or Path(tempfile.gettempdir())) / f"lora-export-inputs-{os.getuid()}"
+
+
+def _each(names: Iterable[str], find: Callable[[str], T]) -> dict[str, T | LoraExportError]:
+    """Each name, found once; those that lie elsewhere at the same time."""
+
+    def found(name: str) -> T | LoraExportError:
+        try:
+            return find(name)
+        except LoraExportError as error:
+            return error
+
+    each = list(dict.fromkeys(names))
+    with ThreadPoolExecutor(_DOWNLOADS) as pool:
+        return dict(zip(each, pool.map(found, each), strict=True))
+
+
+def _found(one: T | LoraExportError) -> T:
+    if isinstance(one, LoraExportError):
+        raise one
+    return one
+
+
+def _refuse_base(base: Path) -> None:
+    from lora_export.checkpoint.pipeline import open_pipeline
+
+    if is_pipeline(base):
+        open_pipeline(base)
+        return
+    check_adapter_folder(base)
+    open_checkpoint(base)
+
+
+def _refuse_export(base: Path, row: FleetRow) -> None:
+    from lora_export.onnx_export import check_request
+    from lora_export.onnx_export.embedders import as_exported
+
+    export = row.options.export
+    config = as_exported(
+        {k: v for k, v in open_checkpoint(base).config.items() if k != "quantization_config"}, base
+    )
+    check_request(config, export.precision, export.provider, export.engine, export.quantization)
+
+
+def _refuse_text(path: Path) -> None:
+    if not path.is_file():
+        raise InputError("there is no such file", where=path, expected="a file of UTF-8 text")
+
+
+def _refuse_package(row: FleetRow) -> None:
+    from lora_export.packages.targets import target_named
+
+    assert row.target is not None
+    if target_named(row.target).needs_merged and not row.options.merged_folder:
+        raise InputError(
+            f"for = {row.target!r} with no-merged-folder", expected="a merged folder, which this package is made of"
+        )
+
+
+# --- sizes -------------------------------------------------------------------------------------------------------
+
+_SHARES = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5}  # of an fp32 graph; quantized ones keep vocabularies wider
+_QUANTIZED = 0.35
+
+
+def _measured(base: Path, row: FleetRow) -> _Weights:
+    """What the plan of a merge says, of the base alone; of a pipeline what its files take."""
+    from lora_export.merging import plan as plan_merge
+
+    if is_pipeline(base):
+        nbytes = sum(p.stat().st_size for p in base.rglob("*.safetensors"))
+        return _Weights(nbytes, 2 * nbytes)
+    planned = plan_merge(base, [], row.options.merge)
+    narrow = {"float16": 2, "bfloat16": 2}.get(planned.dtype, _WIDEST)
+    return _Weights(planned.nbytes, planned.nbytes * _WIDEST // narrow)
+
+
+def _graph(row: FleetRow, weights: _Weights) -> int:
+    return int(weights.widest * _SHARES.get(row.options.export.precision, _QUANTIZED))
+
+
+def _scratch(row: FleetRow, weights: _Weights) -> int:
+    """At most, of this row or of the preparation of its base: graphs of base, merged and unmerged model before they
+    are quantized, the merged folder and one more copy of it, and a package beside them."""
+    package = _graph(row, weights) + weights.nbytes if row.target is not None else 0
+    return weights.nbytes * (2 if row.options.merged_folder else 1) + weights.widest * 3 + package
+
+
+def _output(row: FleetRow, weights: _Weights) -> int:
+    run = _graph(row, weights) + (weights.nbytes if row.options.merged_folder else 0)
+    package = weights.nbytes if row.target in ("hf", "gguf") else _graph(row, weights)
+    return {"run": run, "package": package, "both": run + package}[row.keep]
+
+
+def to_do(planned: Iterable[PlannedRow]) -> list[PlannedRow]:
+    return [p for p in planned if p.state is None]
+
+
+def disk_at_once(planned: Iterable[PlannedRow], options: FleetOptions) -> int:
+    """Scratch of this machine's workers, if the rows that need most come together."""
+    workers = options.workers or max(1, (os.cpu_count() or 1) // 2)
+    return sum(sorted((p.nbytes for p in to_do(planned)), reverse=True)[:workers])

@@ -1,0 +1,88 @@
+"""Fleets that nobody ran: plausible rows by the thousand, for pages and for speed."""
+
+import hashlib
+import random
+from pathlib import Path
+
+from lora_export.contracts.fleet import FleetResult, FleetRow, PlannedRow, RowFigures, RowOutcome, State
+
+BASES = {
+    "smol": "HuggingFaceTB/SmolLM2-135M-Instruct@7e27bd9",
+    "qwen": "Qwen/Qwen3-0.6B",
+    "bert": "google-bert/bert-base-uncased",
+}
+ERROR = {
+    "error": "AdapterError", "found": "a tensor holds NaN", "where": "adapters/x/adapter_model.safetensors",
+    "tensor": "base_model.model.layers.3.q_proj.lora_A.weight", "expected": "finite numbers",
+    "next": "train it again, or --allow-nonfinite if that is intended",
+}  # fmt: skip
+
+
+def key(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fleet(
+    count: int, seed: int = 0, root: str = "/srv/fleet/nightly"
+) -> tuple[FleetResult, tuple[PlannedRow, ...]]:
+    draw = random.Random(seed)
+    outcomes, planned = [], []
+    for at in range(count):
+        base = draw.choices(list(BASES), (8, 3, 1))[0]
+        owner = draw.choice(("acme", "globex", "initech", "umbrella", "hooli"))
+        name = f"{owner}-{draw.choice(('support', 'legal', 'sales'))}-{at:05}"
+        row = FleetRow(name, base, BASES[base], (f"{owner}/{name}-lora@{key(name)[:7]}",))
+        alone = "the adapter brings a head of its own" if base == "bert" else ""
+        state: State = draw.choices(("done", "gate", "refused", "died", "timeout"), (960, 20, 12, 5, 3))[0]
+        planned.append(PlannedRow(row, key(name), "" if alone else key(base), alone))
+        outcomes.append(_outcome(planned[-1], state, draw))
+    prepared = [
+        RowOutcome(
+            key(b), key(b), "done", "base", 190.0, stages={"export": 8.0, "reference": 120.0, "benchmark": 62.0}
+        )
+        for b in BASES
+        if b != "bert"
+    ]
+    return FleetResult(root, tuple(outcomes), tuple(prepared), 0.31 * count), tuple(planned)
+
+
+def _outcome(plan: PlannedRow, state: State, draw: random.Random) -> RowOutcome:
+    stages = {"merge": draw.lognormvariate(0.2, 0.2), "export": draw.lognormvariate(-0.3, 0.2),
+              "validate": draw.lognormvariate(3.2, 0.3)}  # fmt: skip
+    measured = state in ("done", "gate")
+    figures = RowFigures(
+        survival=(draw.betavariate(40, 25) if state == "gate" else draw.betavariate(400, 8)) if measured else None,
+        delta_survival=draw.betavariate(900, 2) if measured else None,
+        kl=draw.lognormvariate(-6 if state == "done" else -2, 0.8) if measured else None,
+        nbytes=int(draw.gauss(5.4e8, 4e6)) if state == "done" else None,
+        checks=31 if measured else 0,
+        failed=2 if state == "gate" else 0,
+    )
+    folder = "objects" if state == "done" else "failed"
+    place = f"{folder}/{plan.key}" if measured else ""
+    return RowOutcome(
+        plan.row.name, plan.key, state, seconds=sum(stages.values()) if measured else 0.0,
+        attempts=3 if state == "died" else draw.choices((1, 2), (97, 3))[0], stages=stages if measured else {},
+        figures=figures, error=ERROR if state in ("refused", "died", "timeout") else None,
+        memory_bytes=int(9e8), worker="node-1/0", place=place,
+        report=f"{place}/report/report.html" if place else "",
+    )  # fmt: skip
+
+
+class FolderPlace:
+    """What the report asks of a store, on a folder, with what was written."""
+
+    def __init__(self, folder: Path, where: str = "") -> None:
+        self.folder, self.where, self.written = folder, where or str(folder), []
+
+    def read(self, name: str) -> bytes | None:
+        path = self.folder / name
+        return path.read_bytes() if path.is_file() else None
+
+    def replace(self, name: str, content: bytes) -> None:
+        self.written.append(name)
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / name).write_bytes(content)
+
+    def records(self, place: str) -> dict[str, bytes]:
+        return {p.parent.name: p.read_bytes() for p in (self.folder / place).glob("*/record.json")}
