@@ -112,7 +112,7 @@ class ObjectStore:
         return self._streamed(checked_name(name, self.where), hashed)
 
     def remove(self, place: str) -> None:
-        names = list(self.names(place))
+        names = list(self.names(checked_name(place, self.where)))
         self.bucket.delete([f"{place}/{NAME}"] if f"{place}/{NAME}" in names else [place])
         self.bucket.delete(names)
 
