@@ -87,7 +87,7 @@ def _row(outcome: RowOutcome, plan: PlannedRow, was: FleetReportRow | None, crea
 
 
 def named(given: str) -> str:
-    """An adapter or a base as documents name it: a URL without secrets, a Hub ID, or the name of a folder without its
+    """An adapter or a base as documents name it: a URL without secrets, a Hub ID, or a folder without its
     path, which is of one machine."""
     return without_secrets(given) if "://" in given or not given.startswith(("/", "~")) else PurePath(given).name
 
