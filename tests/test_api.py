@@ -91,8 +91,8 @@ CALLS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "truncate": ("-a A -o O", "truncate", {"adapter": "A", "output": Path("O"), "rank": RankOptions()}),
     "inspect": ("P", "inspect", {"path": "P"}),
     "inspect -a": ("-a A", "understand", {"adapter": "A"}),
-    "report": ("R", "report", {"run": Path("R")}),
-    "verify": ("P", "verify", {"path": Path("P"), "options": VerifyOptions()}),
+    "report": ("R", "report", {"run": "R"}),  # a path would take the second slash of a URL
+    "verify": ("P", "verify", {"path": "P", "options": VerifyOptions()}),
     "env": ("", "env", {}),
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
+from lora_export.contracts.figures import Figure
 from lora_export.contracts.option import option
 from lora_export.contracts.options import StoryOptions
 from lora_export.contracts.tool_options import PackageOptions
@@ -116,10 +117,10 @@ class RowFigures:
     graph; nbytes: of the object; checks, failed: how many.
     """
 
-    survival: float | None = None
-    delta_survival: float | None = None
-    kl: float | None = None
-    ratio: float | None = None
+    survival: Figure | None = None
+    delta_survival: Figure | None = None
+    kl: Figure | None = None
+    ratio: Figure | None = None
     nbytes: int | None = None
     checks: int = 0
     failed: int = 0
@@ -128,7 +129,8 @@ class RowFigures:
 @dataclass(frozen=True)
 class RowOutcome:
     """What became of a task. attempts: how often a worker took it up; stages: stage → seconds; memory_bytes: peak
-    of the worker; worker: which one, for people; report: the page, below the root; place: folder below the root.
+    of the worker; worker: which one, for people; report: the page, below the root; place: folder below the root;
+    warnings: of its stages.
     """
 
     name: str
@@ -144,6 +146,7 @@ class RowOutcome:
     worker: str = ""
     place: str = ""
     report: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

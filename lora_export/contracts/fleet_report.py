@@ -90,8 +90,10 @@ class FleetReportBefore:
 
 @dataclass(frozen=True)
 class FleetReport:
-    """root: folder or URL, without secrets; shard: I/N of a part of the fleet, "" for all; seconds: of the run;
-    created: in ISO 8601. A run that changes nothing leaves the report of the run before as it is."""
+    """root: folder or URL, without secrets; shard: I/N of a part of the fleet, "" for all; joined: the shards that
+    the rows are from, of which some may be missing; seconds: of the run, or of its longest shard; created: in
+    ISO 8601. A run that changes nothing leaves the report of the run before as it is.
+    """
 
     schema_version: Literal[1]
     tool_version: str
@@ -104,3 +106,15 @@ class FleetReport:
     changes: tuple[FleetChange, ...] = ()
     previous: FleetReportBefore | None = None
     shard: str = ""
+    joined: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FleetPages:
+    """What `report` wrote for a fleet: folders or URLs, and rows by state."""
+
+    html: str
+    markdown: str
+    metrics: str
+    document: str
+    totals: Mapping[str, int]

@@ -39,7 +39,7 @@ def sweep(scratch: Path) -> int:
 
 
 def _folders(scratch: Path) -> Iterator[Path]:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for entry in os.scandir(scratch):
             hidden = entry.name.startswith("." + _PREFIX)
             if not (hidden or entry.name.startswith(_PREFIX)) or not entry.is_dir(follow_symlinks=False):
@@ -134,9 +134,10 @@ class Budget:
 
     def used(self, but: int = -1) -> int:
         """Bytes of all slots but one: what was planned for a running task, or what its worker holds, if that is
-        more."""
+        more; and the bases that workers of this node share."""
         slots = {*self._names, *self._planned} - {but}
-        return sum(max(self._planned.get(slot, 0), self.held(slot)) for slot in slots)
+        shared = bytes_in(folders_of(self.folder, "base")) if self.folder is not None else 0
+        return shared + sum(max(self._planned.get(slot, 0), self.held(slot)) for slot in slots)
 
     def held(self, slot: int) -> int:
         """Bytes in the folders of a slot's workers."""

@@ -29,7 +29,7 @@ class _Axis:
 
     def share(self, value: float) -> float:
         """Where on the axis, from 0 to 1."""
-        at, low, high = (math.log10(v) if self.log else v for v in (value, self.low, self.high))
+        at, low, high = (math.log10(v) if self.log else v for v in (max(value, self.low), self.low, self.high))
         return min(max((at - low) / (high - low), 0.0), 1.0)
 
     def edge(self, share: float) -> float:

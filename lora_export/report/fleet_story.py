@@ -8,6 +8,7 @@ from typing import Literal
 
 from lora_export.contracts.fleet import STATES, State
 from lora_export.contracts.fleet_report import FleetChange, FleetReport, FleetReportRow
+from lora_export.escape import one_line
 from lora_export.report.fleet_plots import Point, histogram
 from lora_export.wording import DASH, count, number, percent, seconds, size
 
@@ -45,6 +46,10 @@ class Changed:
 def verdict(report: FleetReport) -> tuple[str, Tone]:
     """Whether every adapter is there, and the colour of that."""
     missing = sum(n for state, n in report.totals.items() if state not in THERE)
+    absent = _absent(report.joined)
+    if absent:
+        said = f"{len(absent):,} of {count(len(absent) + len(report.joined), 'shard')}"
+        return f"{said} left no report", "bad"
     if not report.rows:
         return "No adapters", "unsure"
     if missing:
@@ -68,8 +73,9 @@ def headline(report: FleetReport) -> list[str]:
 
 def about(report: FleetReport) -> list[tuple[str, str]]:
     nbytes = [r.nbytes for r in report.rows if r.nbytes is not None]
-    rows = [("Root", report.root), ("Written", report.created)]
+    rows = [("Root", one_line(report.root)), ("Written", report.created)]
     rows += [("Shard", f"{report.shard}: only a part of the fleet")] if report.shard else []
+    rows += [("Shards", _shards(report.joined))] if report.joined else []
     rows += [("Objects", f"{size(sum(nbytes))} in {count(len(nbytes), 'object')}")] if nbytes else []
     if report.previous:
         before = report.previous
@@ -84,6 +90,20 @@ def share(value: float | None) -> str:
 
 def figure(value: float | None) -> str:
     return DASH if value is None else "not a number" if math.isnan(value) else number(value)
+
+
+def _shards(joined: Sequence[str]) -> str:
+    absent = _absent(joined)
+    said = f"{len(joined):,} of {len(joined) + len(absent):,}"
+    return said + (f"; no report of {', '.join(absent)}" if absent else "")
+
+
+def _absent(joined: Sequence[str]) -> list[str]:
+    """Shards whose report is missing."""
+    if not joined:
+        return []
+    of = joined[0].partition("/")[2]
+    return [shard for at in range(int(of)) if (shard := f"{at}/{of}") not in joined]
 
 
 def survival(row: FleetReportRow) -> str:
@@ -129,7 +149,7 @@ def base_rows(report: FleetReport) -> list[tuple[str, ...]]:
         times = _finite(r.seconds for r in rows if r.seconds)
         found.append(
             (
-                base.name or DASH,
+                one_line(base.name) or DASH,
                 f"{len(rows):,}",
                 *(f"{n:,}" if (n := base.totals.get(state)) else DASH for state in STATES),
                 share(median(kept)) if kept else DASH,
@@ -149,27 +169,33 @@ def stage_rows(report: FleetReport) -> list[tuple[str, ...]]:
             times.setdefault(stage, []).append(spent)
     whole = math.fsum(t for spent in times.values() for t in spent)
     return [
-        (stage, f"{len(spent):,}", seconds(median(spent)), duration(of := math.fsum(spent)), percent(of / whole, 1))
+        (
+            one_line(stage),
+            f"{len(spent):,}",
+            seconds(median(spent)),
+            duration(of := math.fsum(spent)),
+            percent(of / whole, 1),
+        )
         for stage, spent in sorted(times.items(), key=lambda item: -math.fsum(item[1]))
         if whole > 0
     ]
 
 
 def claims(report: FleetReport) -> list[tuple[str, str]]:
-    """What may be said of the rows that share a preparation, in the words of its record."""
+    """What may be said of the rows that share a preparation, in the words of its record, and why others share
+    none."""
     found = []
     for base in report.bases:
         for shared in base.preparations:
             said = shared.claim or (
                 reason_of(shared.error) if shared.error else "nothing was measured for its graph"
             )
-            found.append(
-                (base.name or shared.key[:12], f"{count(shared.rows, 'adapter')} of {shared.key[:12]}: {said}")
-            )
+            key = shared.key[:12]
+            found.append((base.name or key, f"{count(shared.rows, 'adapter')} of {key}: {said}"))
         rows = [r for r in report.rows if r.base == base.name and r.alone]
         for why in dict.fromkeys(r.alone for r in rows):
             found.append((base.name, f"{count(sum(r.alone == why for r in rows), 'adapter')} alone: {why}"))
-    return found
+    return [(one_line(name), one_line(text)) for name, text in found]
 
 
 def reason_of(error: Mapping[str, str | None]) -> str:

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 STARTS = 3  # workers that may be lost before they have taken up a task
 CORES_PER_WORKER = 2
-_LAST_BYTES = 4000  # of a dead worker's log
-_LAST_LINES = 12
+_LAST_BYTES = 20000  # of a dead worker's log
+_LAST_LINES, _FRAMES = 8, 3  # of a dead worker's log; of a crash, the innermost first
 _EXIT_0 = 256  # of a worker that ended with status 0 in the middle of a task, which pebble would not notice
 _REAPED = 5.0  # seconds for the kernel to have done with a process that is dead
 _PATIENCE = 20.0  # seconds for a slot's thread to end
@@ -77,7 +77,7 @@ class _Order:
 
 
 class LocalSlot:
-    """One worker at a time. Its thread starts the worker: the kernel ends a worker with the thread that did."""
+    """One worker at a time, and a thread that waits for it."""
 
     def __init__(self, work: str, settings: workers.Start, sentry: Sentry) -> None:
         self.node = socket.gethostname()
@@ -109,7 +109,7 @@ class LocalSlot:
     def _run(self) -> None:
         while True:
             order = self._orders.get()
-            if order is not None and not self._closed:
+            if order is not None:
                 try:
                     order.future.set_result(self._done(order))
                 except BaseException as error:
@@ -124,6 +124,10 @@ class LocalSlot:
         """What became of a task. A worker that is lost before it takes the task up is replaced."""
         started = time.monotonic()
         for _ in range(STARTS):
+            if self._closed:
+                return self._lost(
+                    order, "died", started, WorkerLost("the fleet was ended in the middle of this row")
+                )
             kills = _out_of_memory_kills()
             try:
                 pool = self._started()
@@ -136,6 +140,8 @@ class LocalSlot:
                 error = self._how_it_ended(kills, "before it took up this row")
                 self._end()
             except OSError:  # pebble's ProcessExpired
+                if self._closed:
+                    continue
                 return self._lost(order, "died", started, self._how_it_ended(kills, "in the middle of this row"))
             except RuntimeError:  # lost while it was idle
                 error = self._how_it_ended(kills, "before it took up this row")
@@ -146,7 +152,8 @@ class LocalSlot:
 
     def _answered(self, order: _Order, answer: workers.Answer) -> RowOutcome:
         if answer.outcome is None:
-            raise WorkerLost(f"internal error, please report it: {answer.error}", expected=answer.trace)
+            self._end()  # nobody knows what the exception has left behind
+            raise WorkerLost(answer.error, where=answer.where or self._who())
         return replace(
             answer.outcome,
             memory_bytes=answer.outcome.memory_bytes or answer.rss,
@@ -222,24 +229,28 @@ class LocalSlot:
 class LocalEngine:
     """So many slots on this machine, which share out its cores.
 
-    work: MODULE:NAME of a `Work`; workers: None for one for every two cores. `with` ends all workers.
+    work: MODULE:NAME of a `Work`; count: of workers, None for one for every two cores; most: tasks that there are.
+    `with` ends all workers.
     """
 
-    def __init__(self, work: str, workers_: int | None, scratch: Path) -> None:
+    def __init__(self, work: str, count: int | None, scratch: Path, *, most: int | None = None) -> None:
         available = usable_cores()
-        count = workers_ or max(1, len(available) // CORES_PER_WORKER)
+        count = count or max(1, len(available) // CORES_PER_WORKER)
+        count = count if most is None else max(1, min(count, most))
         self.threads = max(1, len(available) // count)
-        self.names = tuple(f"{secrets.token_hex(8)}.{i}" for i in range(count))
+        token = secrets.token_hex(8)
         self._sentry = Sentry()
         sweep(scratch)
         self._scratch = scratch
         self.slots: tuple[LocalSlot, ...] = tuple(
             LocalSlot(
                 work,
-                workers.Start(os.getpid(), _share(available, i, self.threads), self.threads, scratch, name),
+                workers.Start(
+                    os.getpid(), _share(available, i, self.threads), self.threads, scratch, f"{token}.{i}"
+                ),
                 self._sentry,
             )
-            for i, name in enumerate(self.names)
+            for i in range(count)
         )
 
     def __enter__(self) -> "LocalEngine":
@@ -299,5 +310,9 @@ def _last_lines(log: Path) -> list[str]:
     with contextlib.suppress(OSError), log.open("rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST_BYTES))
         text = file.read().decode("utf-8", errors="replace").replace("\r", "\n")
-        return [line.strip() for line in text.splitlines() if line.strip()][-_LAST_LINES:]
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        crash = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python error")), None)
+        if crash is None:
+            return lines[-_LAST_LINES:]
+        return [lines[crash], *[line for line in lines[crash:] if line.startswith("File ")][:_FRAMES]]
     return []

@@ -4,7 +4,6 @@ Light: torch and all else that is heavy is imported by the work itself, inside a
 """
 
 import contextlib
-import ctypes
 import faulthandler
 import importlib
 import os
@@ -20,11 +19,13 @@ from pathlib import Path
 from typing import cast
 
 from lora_export.contracts.fleet import RowOutcome, Task
+from lora_export.errors import LoraExportError
 from lora_export.fleet.engines.protocol import Work
 from lora_export.fleet.scratch import claimed_folder, emptied
 
 LOG = "log.txt"
-_PR_SET_PDEATHSIG = 1  # prctl(2)
+_LOOK = 1.0  # seconds between two looks at the parent
+_SENTRY = 5.0  # seconds that the sentry has to end this process
 _THREADS = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -57,12 +58,12 @@ class Start:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker sends back: an outcome, or the exception of the work as text. rss: bytes of the process after
-    the task."""
+    """What a worker sends back: an outcome, or the exception of the work in words, and where in the code it arose.
+    rss: bytes of the process after the task."""
 
     outcome: RowOutcome | None
     error: str = ""
-    trace: str = ""
+    where: str = ""
     rss: int = 0
 
 
@@ -76,7 +77,7 @@ def start(settings: Start) -> None:
     home = _own_folder(settings.scratch, settings.name)
     if settings.quiet:
         _into(home / LOG)
-    faulthandler.enable()  # where it was at a crash: the last lines of the log
+    faulthandler.enable(all_threads=False)  # where it was at a crash: the last lines of the log
     share(settings.threads, settings.cores)
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -103,7 +104,18 @@ def perform(work: str, task: Task) -> Answer:
             raise TypeError(f"{work} returned {type(outcome).__name__}, not RowOutcome")
         return Answer(outcome, rss=_resident())
     except BaseException as error:  # plain text: an exception that cannot be pickled would take the pool with it
-        return Answer(None, f"{type(error).__name__}: {error}", traceback.format_exc())
+        frames = traceback.extract_tb(error.__traceback__)[1:]
+        return Answer(None, _in_words(error), " < ".join(f"{f.filename}:{f.lineno}" for f in frames[:-5:-1]))
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    if isinstance(error, LoraExportError):
+        return error.found
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    return f"internal error, please report it: {type(error).__name__}: {error}"
 
 
 _home: Path | None = None  # the folder of this process, locked as long as it lives
@@ -148,16 +160,13 @@ def _into(log: Path) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Have this process end when its parent does, however that ends."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None and prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0:
-        if os.getppid() != parent:  # it was faster
-            os._exit(1)
-        return
+    """Have this process end some time after its parent. The sentry is faster, and knows what this has started: the
+    kernel's own signal (PR_SET_PDEATHSIG) would leave that without anybody who knows it."""
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
+            time.sleep(_LOOK)
+        time.sleep(_SENTRY)
+        os.killpg(0, signal.SIGKILL)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True, name="parent").start()

@@ -4,8 +4,10 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
+import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -62,17 +64,50 @@ def nothing() -> None:
     """Where nobody waits for a sign of life."""
 
 
-def hashed(source: IO[bytes], alive: Pulse) -> StoredFile:
-    """Of an open file. alive: called after every block."""
-    return _pass(source, None, alive)
+def blocks_of(source: IO[bytes]) -> Iterator[bytes]:
+    return iter(lambda: source.read(BLOCK), b"")
 
 
-def copied(source: IO[bytes], target: Path, alive: Pulse) -> StoredFile:
-    """Copy an open file to a new one. Size and SHA-256 of the bytes that were written."""
+class Passing:
+    """Blocks that somebody else takes, and the file that they were. alive: called after each."""
+
+    def __init__(self, blocks: Iterable[bytes], alive: Pulse = nothing) -> None:
+        self._blocks, self._alive = iter(blocks), alive
+        self._digest, self._size = hashlib.sha256(), 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        block = next(self._blocks)
+        self._digest.update(block)
+        self._size += len(block)
+        self._alive()
+        return block
+
+    @property
+    def file(self) -> StoredFile:
+        return StoredFile(self._size, self._digest.hexdigest())
+
+
+def hashed(blocks: Iterable[bytes], alive: Pulse = nothing) -> StoredFile:
+    """Size and SHA-256 of a file that is read in blocks."""
+    passing = Passing(blocks, alive)
+    for _ in passing:
+        pass
+    return passing.file
+
+
+def written(blocks: Iterable[bytes], target: Path, alive: Pulse = nothing) -> StoredFile:
+    """Write a new file. Size and SHA-256 of the bytes that were written."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    passing, at = Passing(blocks, alive), 0
     fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
-        return _pass(source, fd, alive)
+        for block in passing:
+            write_at(fd, block, at)
+            at += len(block)
+        return passing.file
     except OSError as error:
         error.filename = error.filename or str(target)
         raise
@@ -80,15 +115,19 @@ def copied(source: IO[bytes], target: Path, alive: Pulse) -> StoredFile:
         os.close(fd)
 
 
-def _pass(source: IO[bytes], target: int | None, alive: Pulse) -> StoredFile:
-    digest, at = hashlib.sha256(), 0
-    while block := source.read(BLOCK):
-        digest.update(block)
-        if target is not None:
-            write_at(target, block, at)
-        at += len(block)
-        alive()
-    return StoredFile(at, digest.hexdigest())
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a hidden sibling, which becomes the folder at the end. OutputError if there is one."""
+    if os.path.lexists(folder):
+        raise OutputError("the folder exists", where=folder, expected="a folder that does not exist yet")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stage = folder.with_name(f".{folder.name}.{secrets.token_hex(16)}")
+    stage.mkdir()
+    try:
+        yield stage
+        stage.rename(folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def differences(files: Mapping[str, StoredFile], there: Mapping[str, StoredFile]) -> Iterator[str]:

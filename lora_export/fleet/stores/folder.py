@@ -8,7 +8,6 @@ several writers one wins, and the others find out.
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -16,18 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lora_export.contracts.fleet import Record, StoredFile
-from lora_export.errors import InputError, OutputError
+from lora_export.errors import InputError
 from lora_export.fleet.records import LARGEST, NAME, encoded, finished
 from lora_export.fleet.stores.files import (
+    blocks_of,
     changed,
     checked_name,
-    copied,
     differences,
     disk_errors,
     hashed,
-    nothing,
+    new_folder,
     record_of,
     regular_files,
+    written,
 )
 from lora_export.fleet.stores.writing import FOLDER, Writing, writing
 from lora_export.storage import disk, sealed
@@ -87,7 +87,7 @@ class FolderStore:
             disk.sync(path.parent)
 
     def names(self, place: str) -> Iterator[str]:
-        folder = self._path(place) if place else self.root
+        folder = self.root / checked_name(place, self.where) if place else self.root
         for root, folders, files in os.walk(folder):
             below = Path(root).relative_to(self.root)
             folders[:] = sorted(f for f in folders if (root, f) != (str(self.root), FOLDER))
@@ -109,48 +109,56 @@ class FolderStore:
 
     def publish(self, folder: Path, place: str, record: Record, *, again: bool = False) -> bool:
         path = self._path(place)
-        first = again or not os.path.lexists(path / NAME)
+        there = self.read(f"{place}/{NAME}")
+        first = again or there is None
         if first:
             with self._writing() as work:
                 with _moved(folder, work) as moved:
-                    first = self._publish(None if moved else folder, work, path, record, again)
+                    files = _files(work) if moved else _copies(folder, work)
+                    first = self._publish(files, work, path, record, there)
                 disk.sync(path.parent)
         shutil.rmtree(folder, ignore_errors=True)
         return first
 
-    def _publish(self, source: Path | None, work: Writing, path: Path, record: Record, again: bool) -> bool:
-        if source is None:
-            files = {}
-            for name, file in regular_files(work.path).items():
-                with file.open("rb", buffering=0) as one:
-                    files[name] = hashed(one, work.alive)
-        else:
-            files = _copies(source, work)
+    def _publish(
+        self, files: dict[str, StoredFile], work: Writing, path: Path, record: Record, there: bytes | None
+    ) -> bool:
         files.pop(NAME, None)
         work.path.joinpath(NAME).unlink(missing_ok=True)
         _write(work.path / NAME, encoded(finished(record, files)))
         disk.sync_tree(work.path)
         self._make_parents(path)
-        return _put(work.path, path, again)
+        if there is not None and self.read(f"{path.relative_to(self.root).as_posix()}/{NAME}") not in (there, None):
+            return False  # another one took the same object's place meanwhile
+        return put_folder(work.path, path, there is not None)
 
     def fetch(self, place: str, folder: Path) -> Record | None:
         path = self._path(place)
         record = record_of(self.read(f"{place}/{NAME}"), str(path))
         if record is None:
             return None
-        with disk_errors(str(folder)), _new_folder(folder) as stage:
+        with disk_errors(str(folder)), new_folder(folder) as stage:
             there: dict[str, StoredFile] = {}
             for name in record.files:
                 source = path / record.at / name
                 try:
                     with sealed.opened(source, self.root) as file:
-                        there[name] = copied(file, stage / name, nothing)
+                        there[name] = written(blocks_of(file), stage / name)
                 except FileNotFoundError:
                     break  # missing, which is said below
             wrong = next(differences(record.files, there), None)
             if wrong is not None:
                 raise changed(str(path), wrong)
         return record
+
+    def measure(self, name: str) -> StoredFile | None:
+        path = self._path(name)
+        with disk_errors(self.where):
+            try:
+                with sealed.opened(path, self.root) as file:
+                    return hashed(blocks_of(file))
+            except FileNotFoundError:
+                return None
 
     def remove(self, place: str) -> None:
         path = self._path(place)
@@ -218,6 +226,14 @@ def _moved(folder: Path, work: Writing) -> Iterator[bool]:
         raise
 
 
+def _files(work: Writing) -> dict[str, StoredFile]:
+    files = {}
+    for name, path in regular_files(work.path).items():
+        with path.open("rb", buffering=0) as file:
+            files[name] = hashed(blocks_of(file), work.alive)
+    return files
+
+
 def _copies(folder: Path, work: Writing) -> dict[str, StoredFile]:
     sources = regular_files(folder)
     needed = sum(p.lstat().st_size for p in sources.values())
@@ -228,11 +244,11 @@ def _copies(folder: Path, work: Writing) -> dict[str, StoredFile]:
     files = {}
     for name, path in sources.items():
         with path.open("rb", buffering=0) as source:
-            files[name] = copied(source, work.path / name, work.alive)
+            files[name] = written(blocks_of(source), work.path / name, work.alive)
     return files
 
 
-def _put(stage: Path, path: Path, again: bool) -> bool:
+def put_folder(stage: Path, path: Path, again: bool) -> bool:
     """Rename a folder to a name that is free; or, with `again`, exchange it with what has the name."""
     while True:
         try:
@@ -275,18 +291,3 @@ def _renamed_to_free(work: Writing, path: Path) -> bool:
             return True
         finally:
             claim.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a hidden sibling, which becomes the folder at the end. OutputError if there is one."""
-    if os.path.lexists(folder):
-        raise OutputError("the folder exists", where=folder, expected="a folder that does not exist yet")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    stage = folder.with_name(f".{folder.name}.{secrets.token_hex(16)}")
-    stage.mkdir()
-    try:
-        yield stage
-        stage.rename(folder)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
