@@ -162,24 +162,24 @@ class Board:
 
         table = Table(box=box.SIMPLE, title=None, caption=self._speed(), caption_justify="left")
         table.add_column("base")
-        for name in ("rows", "waiting", "running", *STATES, "s/row"):
-            table.add_column(name, justify="right")
+        states = [s for s in STATES if s == "done" or any(b.states[s] for b in self._bases.values())]
+        for name in ("rows", "left", "run", *states, "s/row"):
+            table.add_column(name, justify="right", no_wrap=True)
         for name, base in self._bases.items():
-            table.add_row(*self._cells(name, base))
+            table.add_row(*self._cells(name, base, states))
         return table
 
-    def _cells(self, name: str, base: _Base) -> Iterable[str]:
+    def _cells(self, name: str, base: _Base, states: Sequence[State]) -> Iterable[str]:
         from rich.markup import escape
 
         from lora_export.escape import shown
 
-        waiting = base.left - base.running
         note = " (being prepared)" if base.preparing else " (another driver prepares it)" if base.elsewhere else ""
         yield escape(shown(name) + note)
         yield str(base.rows)
-        yield str(waiting or "")
-        yield str(base.running or "")
-        yield from (str(base.states[s] or "") for s in STATES)
+        yield str(base.left or "")
+        yield str(base.running + base.preparing or "")
+        yield from (str(base.states[s] or "") for s in states)
         yield f"{base.seconds / base.worked:.1f}" if base.worked else ""
 
 

@@ -50,8 +50,8 @@ def drive(
 
 @dataclass
 class _Slot:
-    """What a slot is at. count, first_memory: tasks of its worker, and the bytes that it had after the first; budget:
-    of the node that its task runs on."""
+    """What a slot is at. count, first_memory: tasks of its worker, and the bytes that it had after the first;
+    budget: of the node that its task runs on."""
 
     group: Group | None = None
     item: Item | None = None

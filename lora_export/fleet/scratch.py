@@ -39,7 +39,7 @@ def sweep(scratch: Path) -> int:
 
 
 def _folders(scratch: Path) -> Iterator[Path]:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for entry in os.scandir(scratch):
             hidden = entry.name.startswith("." + _PREFIX)
             if not (hidden or entry.name.startswith(_PREFIX)) or not entry.is_dir(follow_symlinks=False):

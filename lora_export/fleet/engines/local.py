@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from lora_export.contracts.fleet import RowOutcome, Task
 from lora_export.errors import LoraExportError, WorkerLost
 from lora_export.fleet.engines import workers
-from lora_export.fleet.engines.protocol import Slot
 from lora_export.fleet.engines.sentry import Sentry, end_tree
 from lora_export.fleet.scratch import emptied, folders_of, sweep
 from lora_export.storage.workers import cores
@@ -78,7 +77,7 @@ class _Order:
 
 
 class LocalSlot:
-    """One worker at a time. Its thread starts the worker: the kernel ends a worker with the thread that did."""
+    """One worker at a time, and a thread that waits for it."""
 
     def __init__(self, work: str, settings: workers.Start, sentry: Sentry) -> None:
         self.node = socket.gethostname()
@@ -110,7 +109,7 @@ class LocalSlot:
     def _run(self) -> None:
         while True:
             order = self._orders.get()
-            if order is not None and not self._closed:
+            if order is not None:
                 try:
                     order.future.set_result(self._done(order))
                 except BaseException as error:
@@ -125,6 +124,10 @@ class LocalSlot:
         """What became of a task. A worker that is lost before it takes the task up is replaced."""
         started = time.monotonic()
         for _ in range(STARTS):
+            if self._closed:
+                return self._lost(
+                    order, "died", started, WorkerLost("the fleet was ended in the middle of this row")
+                )
             kills = _out_of_memory_kills()
             try:
                 pool = self._started()
@@ -137,6 +140,8 @@ class LocalSlot:
                 error = self._how_it_ended(kills, "before it took up this row")
                 self._end()
             except OSError:  # pebble's ProcessExpired
+                if self._closed:
+                    continue
                 return self._lost(order, "died", started, self._how_it_ended(kills, "in the middle of this row"))
             except RuntimeError:  # lost while it was idle
                 error = self._how_it_ended(kills, "before it took up this row")
@@ -237,7 +242,7 @@ class LocalEngine:
         self._sentry = Sentry()
         sweep(scratch)
         self._scratch = scratch
-        self.slots: tuple[Slot, ...] = tuple(
+        self.slots: tuple[LocalSlot, ...] = tuple(
             LocalSlot(
                 work,
                 workers.Start(

@@ -170,6 +170,8 @@ class RayEngine:
 class RaySlot:
     """Room for one task at a time, in a worker that Ray placed on a node."""
 
+    name = ""  # its workers' folders may be on another machine
+
     def __init__(self, engine: RayEngine) -> None:
         self.worker: _Worker | None = None
         self.busy = False
@@ -242,7 +244,7 @@ class RaySlot:
         if apart:
             engine.end(worker)
         if answer.outcome is None:
-            raise WorkerLost(f"internal error, please report it: {answer.error}", expected=answer.trace)
+            raise WorkerLost(answer.error, where=answer.where or worker.name)
         outcome = answer.outcome
         return replace(
             outcome, worker=outcome.worker or worker.name, memory_bytes=outcome.memory_bytes or answer.rss

@@ -1,7 +1,7 @@
 """A small process that ends the workers, and all that these have started, when their driver is gone.
 
-The kernel ends a worker with its driver (PR_SET_PDEATHSIG), but not what the worker has started. The sentry learns
-of a driver's end, also by kill -9, from the pipe between them.
+It learns of a driver's end, also by kill -9, from the pipe between them. A worker alone could not do this: it may
+be in native code that lets no other thread of it run.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class Sentry:
 
     def _say(self, line: str) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # somebody has ended it: workers still end with their driver
+        with contextlib.suppress(OSError):  # somebody has ended it: workers look after their parent, too
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
 
@@ -75,6 +75,11 @@ def parents():
             except (OSError, IndexError, ValueError):
                 pass
     return found
+for pid in alive:
+    try:
+        os.kill(pid, signal.SIGSTOP)
+    except OSError:
+        pass
 doomed, tree, size = set(alive), parents() if alive else {}, -1
 while size != len(doomed):
     size = len(doomed)

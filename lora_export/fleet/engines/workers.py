@@ -4,7 +4,6 @@ Light: torch and all else that is heavy is imported by the work itself, inside a
 """
 
 import contextlib
-import ctypes
 import faulthandler
 import importlib
 import os
@@ -25,7 +24,8 @@ from lora_export.fleet.engines.protocol import Work
 from lora_export.fleet.scratch import claimed_folder, emptied
 
 LOG = "log.txt"
-_PR_SET_PDEATHSIG = 1  # prctl(2)
+_LOOK = 1.0  # seconds between two looks at the parent
+_SENTRY = 5.0  # seconds that the sentry has to end this process
 _THREADS = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -77,7 +77,7 @@ def start(settings: Start) -> None:
     home = _own_folder(settings.scratch, settings.name)
     if settings.quiet:
         _into(home / LOG)
-    faulthandler.enable()  # where it was at a crash: the last lines of the log
+    faulthandler.enable(all_threads=False)  # where it was at a crash: the last lines of the log
     share(settings.threads, settings.cores)
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -160,16 +160,13 @@ def _into(log: Path) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Have this process end when its parent does, however that ends."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None and prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0:
-        if os.getppid() != parent:  # it was faster
-            os._exit(1)
-        return
+    """Have this process end some time after its parent. The sentry is faster, and knows what this has started: the
+    kernel's own signal (PR_SET_PDEATHSIG) would leave that without anybody who knows it."""
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
+            time.sleep(_LOOK)
+        time.sleep(_SENTRY)
+        os.killpg(0, signal.SIGKILL)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True, name="parent").start()
