@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -95,12 +95,13 @@ class FolderStore:
             for name in sorted((*files, *links)):
                 yield (below / name).as_posix()
 
-    def records(self, place: str) -> Mapping[str, bytes]:
+    def records(self, place: str, only: Container[str] | None = None) -> Mapping[str, bytes]:
         folder = self._path(place)
         with disk_errors(self.where):
             try:
                 with os.scandir(folder) as entries:
                     keys = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
+                    keys = [k for k in keys if only is None or k in only]
             except FileNotFoundError:
                 return {}
         with ThreadPoolExecutor(READERS, "records") as pool:

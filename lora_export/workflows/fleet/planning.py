@@ -71,7 +71,8 @@ def in_shard(planned: PlannedRow, index: int, count: int) -> bool:
 
 def _with_states(planned: list[PlannedRow], store: Store, options: FleetOptions) -> None:
     """The state that the store has for each key, in place: an object is skipped, a verdict stands."""
-    objects, failed = store.records("objects"), store.records("failed")
+    keys = {p.key for p in planned}
+    objects, failed = store.records("objects", keys), store.records("failed", keys)
     for index, one in enumerate(planned):
         if one.state is None and one.key in objects:
             planned[index] = replace(one, state="skipped")
