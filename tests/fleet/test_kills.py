@@ -114,7 +114,8 @@ def test_driver_killed_at_random_moments_goes_on(tmp_path: Path, number: signal.
 
 
 @pytest.mark.slow
-def test_workers_killed_at_random_moments_are_replaced(tmp_path: Path) -> None:
+def test_workers_killed_at_random_moments_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKES_SECONDS", "0.3")
     draw = random.Random(1)
     kills = fleets = 0
     states: Counter[str] = Counter()
