@@ -6,35 +6,51 @@ was changed within two seconds before is not kept: it could be changed again wit
 
 import contextlib
 import hashlib
+import io
+import itertools
+import json
 import os
 import sqlite3
+import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from lora_export.errors import InputError, LoraExportError
 from lora_export.folder_files import SENTENCE_MODULES
 from lora_export.storage.sealed import opened
 
+T = TypeVar("T")
+
 _INDEX = "model_index.json"  # of a pipeline, whose models lie in folders
 _SETTLED = 2 * 10**9  # nanoseconds
 _PATIENCE = 10.0  # seconds that a writer waits for another one
 _THREADS = min(8, os.cpu_count() or 1)
+_LARGE = 2**23  # bytes of a file that is a job of its own
+_TOGETHER = 64  # small files, or folders, of one job
+_LARGEST = 2**29  # bytes of the cache; a larger one is begun anew
+_MOST_HEADER = 100_000_000  # bytes, as the format says
 # Nothing of these is read: pickles, code, exports, and what a training leaves behind.
-_UNREAD = frozenset(
-    {
-        ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".py", ".pyc", ".log", ".lock", ".tmp",
-        ".incomplete", ".ot", ".tflite", ".distcp",
-    }
+_UNREAD = (
+    ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".py", ".pyc", ".log", ".lock", ".tmp",
+    ".incomplete", ".ot", ".tflite", ".distcp",
 )  # fmt: skip
 _TABLE = (
-    "CREATE TABLE IF NOT EXISTS hashes (path BLOB PRIMARY KEY, sign BLOB NOT NULL, sha256 BLOB NOT NULL) "
-    "WITHOUT ROWID"
+    "CREATE TABLE IF NOT EXISTS hashes (path BLOB PRIMARY KEY, sign BLOB NOT NULL, sha256 BLOB NOT NULL, "
+    "head BLOB NOT NULL) WITHOUT ROWID"
 )
 
-Found = Mapping[str, str] | LoraExportError  # name in the folder → SHA-256, or why there is none
+
+@dataclass(frozen=True)
+class Contents:
+    """What is read of a base or an adapter. files: name (with /) → SHA-256; of a single file, whose name does not
+    matter, under ''. form: the same for folders that differ in nothing but the numbers of their tensors."""
+
+    files: Mapping[str, str]
+    form: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +58,42 @@ class _File:
     name: str
     path: str
     root: Path
+    status: os.stat_result
+    linked: bool  # or in a folder of the folder: opened step by step
+
+    @property
+    def sign(self) -> bytes:
+        return _sign(self.status)
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """unread: names of what else is there; links: paths of those, with which a form is its own."""
+
+    files: list[_File]
+    unread: list[str]
+    links: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Hash:
+    """sign: of the file that it holds for, b"" if it may not be kept; head: of a header of safetensors, or ''."""
+
     sign: bytes
+    sha256: str
+    head: str
 
 
 def _sign(status: os.stat_result) -> bytes:
     """What changes when a file does."""
     parts = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
-    return " ".join(map(str, parts)).encode()
+    return b"%d %d %d %d %d" % parts
+
+
+def user_cache() -> Path:
+    """Where hashes of files are kept for this user."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "lora-export" / "hashes.sqlite"
 
 
 @dataclass
@@ -56,47 +101,34 @@ class Hashes:
     """Hashes of folders. cache: a file that many processes may use at once; None: none. read: bytes that had to be
     read."""
 
-    cache: Path | None = None
+    cache: Path | None = field(default_factory=user_cache)
     read: int = field(default=0, init=False)
 
     def of(self, place: Path) -> Mapping[str, str]:
-        """Of one folder or file, as `of_all`. LoraExportError if it cannot be read."""
+        """The files of one folder or file. LoraExportError if it cannot be read."""
         found = self.of_all([place])[place]
         if isinstance(found, LoraExportError):
             raise found
-        return found
+        return found.files
 
-    def of_all(self, places: Iterable[Path]) -> dict[Path, Found]:
-        """Folder → name (with /) → SHA-256 of what is read of a base or an adapter; of a single file, whose name
-        does not matter, under ''. A folder that cannot be read has its error."""
+    def of_all(self, places: Iterable[Path]) -> dict[Path, Contents | LoraExportError]:
+        """Of each folder or file, or why it cannot be read."""
         each = list(dict.fromkeys(places))
         with ThreadPoolExecutor(_THREADS) as pool, self._opened() as kept:
-            listed = list(pool.map(_listed, each))
-            known = kept.get([f.path for files in listed if not isinstance(files, LoraExportError) for f in files])
-            results: dict[Path, Found] = {}
-            waiting: list[tuple[dict[str, str], Path, _File]] = []
-            for place, files in zip(each, listed, strict=True):
-                if isinstance(files, LoraExportError):
-                    results[place] = files
-                    continue
-                here: dict[str, str] = {}
-                results[place] = here
-                for file in files:
-                    sign, digest = known.get(file.path, (b"", ""))
-                    here[file.name] = digest if sign == file.sign else ""
-                    if sign != file.sign:
-                        waiting.append((here, place, file))
-            fresh: list[tuple[str, bytes, str]] = []
-            for (here, place, file), made in zip(waiting, pool.map(_hashed, [w[2] for w in waiting]), strict=True):
-                if isinstance(made, LoraExportError):
-                    results[place] = made
-                    continue
-                sign, here[file.name], size = made
-                self.read += size
-                if sign:
-                    fresh.append((file.path, sign, here[file.name]))
-            kept.put(fresh)
-        return results
+            chunks = pool.map(_all_listed, _chunks(each))
+            listed = dict(zip(each, itertools.chain.from_iterable(chunks), strict=True))
+            files = [f for one in listed.values() if isinstance(one, _Listed) for f in one.files]
+            known = kept.get(files)
+            missing = [f for f in files if f.path not in known]
+            self.read += sum(f.status.st_size for f in missing)
+            large = [[f] for f in missing if f.status.st_size >= _LARGE]
+            small = _chunks([f for f in missing if f.status.st_size < _LARGE])
+            made: dict[str, _Hash | LoraExportError] = {}
+            for part, hashes in zip([*large, *small], pool.map(_all_hashed, [*large, *small]), strict=True):
+                made |= {file.path: one for file, one in zip(part, hashes, strict=True)}
+            kept.put([(path, one) for path, one in made.items() if isinstance(one, _Hash) and one.sign])
+        found = known | made
+        return {p: one if isinstance(one, LoraExportError) else _contents(one, found) for p, one in listed.items()}
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator["_Kept"]:
@@ -104,6 +136,8 @@ class Hashes:
         if self.cache is not None:
             with contextlib.suppress(OSError, sqlite3.Error):  # without a cache everything is read again
                 self.cache.parent.mkdir(parents=True, exist_ok=True)
+                if self.cache.is_file() and self.cache.stat().st_size > _LARGEST:
+                    self.cache.unlink()
                 connection = sqlite3.connect(self.cache, timeout=_PATIENCE, isolation_level=None)
                 connection.execute(_TABLE)
         try:
@@ -119,71 +153,136 @@ class _Kept:
 
     connection: sqlite3.Connection | None
 
-    def get(self, paths: Iterable[str]) -> dict[str, tuple[bytes, str]]:
-        found: dict[str, tuple[bytes, str]] = {}
+    def get(self, files: Iterable[_File]) -> dict[str, "_Hash | LoraExportError"]:
+        found: dict[str, _Hash | LoraExportError] = {}
         if self.connection is None:
             return found
-        with contextlib.suppress(sqlite3.Error):
-            for path in paths:
-                row = self.connection.execute(
-                    "SELECT sign, sha256 FROM hashes WHERE path = ?", (os.fsencode(path),)
-                ).fetchone()
-                if row is not None and isinstance(row[1], bytes) and len(row[1]) == 32:
-                    found[path] = bytes(row[0]), row[1].hex()
+        ask = "SELECT sha256, head FROM hashes WHERE path = ? AND sign = ?"
+        with contextlib.suppress(sqlite3.Error, TypeError, AttributeError):
+            for file in files:
+                row = self.connection.execute(ask, (os.fsencode(file.path), file.sign)).fetchone()
+                if row is not None and len(row[0]) == 32:
+                    found[file.path] = _Hash(file.sign, row[0].hex(), row[1].hex())
         return found
 
-    def put(self, entries: list[tuple[str, bytes, str]]) -> None:
+    def put(self, entries: Sequence[tuple[str, _Hash]]) -> None:
         if self.connection is None or not entries:
             return
-        rows = [(os.fsencode(path), sign, bytes.fromhex(digest)) for path, sign, digest in entries]
+        rows = [
+            (os.fsencode(path), one.sign, bytes.fromhex(one.sha256), bytes.fromhex(one.head))
+            for path, one in entries
+        ]
         with contextlib.suppress(sqlite3.Error):
             self.connection.execute("BEGIN IMMEDIATE")
-            self.connection.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?)", rows)
+            self.connection.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?)", rows)
             self.connection.execute("COMMIT")
 
 
-def _listed(place: Path) -> list[_File] | LoraExportError:
+def _chunks(items: Sequence[T]) -> list[Sequence[T]]:
+    return [items[at : at + _TOGETHER] for at in range(0, len(items), _TOGETHER)]
+
+
+def _contents(listed: _Listed, found: Mapping[str, _Hash | LoraExportError]) -> Contents | LoraExportError:
+    files: dict[str, str] = {}
+    form: list[object] = [sorted(listed.links), sorted(listed.unread)]
+    for file in listed.files:
+        one = found[file.path]
+        if isinstance(one, LoraExportError):
+            return one
+        files[file.name] = one.sha256
+        form.append((file.name, file.status.st_size, one.head or one.sha256))
+    return Contents(files, hashlib.sha256(json.dumps(form).encode()).hexdigest())
+
+
+# --- folders -----------------------------------------------------------------------------------------------------
+
+
+def _all_listed(places: Sequence[Path]) -> list[_Listed | LoraExportError]:
+    return [_listed(place) for place in places]
+
+
+def _listed(place: Path) -> _Listed | LoraExportError:
     """What is read of a base or an adapter: the folder's own files; all of a pipeline's, and of a model with
     modules in folders."""
+    listed = _Listed([], [], [])
     try:
-        if place.is_file():
-            path = str(place.absolute())
-            return [_File("", path, place.parent, _sign(place.stat()))]
-        if not place.is_dir():
-            return InputError("there is no such folder", where=place, expected="a folder, or a .safetensors file")
-        deep = (place / SENTENCE_MODULES).is_file() or (place / _INDEX).is_file()
-        files = sorted(_below(str(place.absolute()), "", place, deep), key=lambda f: f.name)
+        folders = _add(listed, str(place.absolute()), "", place)
+        names = {file.name for file in listed.files}
+        while folders and (SENTENCE_MODULES in names or _INDEX in names):
+            folders += _add(listed, *folders.pop(), place)
+    except NotADirectoryError:
+        return _Listed([_File("", str(place.absolute()), place.parent, place.stat(), True)], [], [])
+    except FileNotFoundError:
+        return InputError("there is no such folder", where=place, expected="a folder, or a .safetensors file")
     except OSError as error:
         return InputError(f"the folder cannot be read: {error.strerror}", where=error.filename or place)
-    return files or InputError("the folder is empty", where=place, expected="the files of a model or an adapter")
+    if not listed.files:
+        return InputError("the folder is empty", where=place, expected="the files of a model or an adapter")
+    listed.files.sort(key=lambda f: f.name)
+    return listed
 
 
-def _below(folder: str, inside: str, root: Path, deep: bool) -> Iterator[_File]:
+def _add(listed: _Listed, folder: str, inside: str, root: Path) -> list[tuple[str, str]]:
+    """Gather the files of one folder; its folders, each with its name."""
+    folders = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(".") or Path(entry.name).suffix.lower() in _UNREAD:
-                continue
             name = f"{inside}{entry.name}"
+            if entry.name.startswith("."):
+                continue
+            if entry.is_symlink():
+                listed.links.append(entry.path)
             if entry.is_dir():
-                if deep and not entry.is_symlink():
-                    yield from _below(entry.path, f"{name}/", root, deep)
+                listed.unread.append(f"{name}/")
+                if not entry.is_symlink():
+                    folders.append((entry.path, f"{name}/"))
+            elif entry.name.lower().endswith(_UNREAD):
+                listed.unread.append(name)
             else:
-                yield _File(name, entry.path, root, _sign(entry.stat()))
+                plain = not inside and not entry.is_symlink()
+                listed.files.append(_File(name, entry.path, root, entry.stat(), not plain))
+    return folders
 
 
-def _hashed(file: _File) -> tuple[bytes, str, int] | LoraExportError:
-    """(what it holds for, b"" if it may not be kept; SHA-256; bytes that were read)."""
-    path = Path(file.path)
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def _all_hashed(files: Sequence[_File]) -> list[_Hash | LoraExportError]:
+    return [_hashed(file) for file in files]
+
+
+def _hashed(file: _File) -> _Hash | LoraExportError:
     try:
-        with opened(path, file.root) as stream:
+        with _opened_once(file) as stream:
             before = os.fstat(stream.fileno())
+            if not stat.S_ISREG(before.st_mode):
+                return InputError("not a regular file", where=file.path, expected="a file that can be read again")
+            head = _header(stream) if file.path.endswith(".safetensors") else ""
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             after = os.fstat(stream.fileno())
     except LoraExportError as error:
         return error
     except OSError as error:
-        return InputError(f"the file cannot be read: {error.strerror}", where=path)
+        return InputError(f"the file cannot be read: {error.strerror}", where=file.path)
     if _sign(before) != _sign(after):
-        return InputError("the file changes while it is read", where=path, expected="a file that nobody writes")
+        return InputError(
+            "the file changes while it is read", where=file.path, expected="a file that nobody writes"
+        )
     settled = time.time_ns() - max(after.st_mtime_ns, after.st_ctime_ns) > _SETTLED
-    return _sign(after) if settled else b"", digest, after.st_size
+    return _Hash(_sign(after) if settled else b"", digest, head)
+
+
+def _opened_once(file: _File) -> contextlib.AbstractContextManager[io.BufferedReader]:
+    """The file, open for reading. A link that has come since the folder was listed is not followed."""
+    if file.linked:
+        return opened(Path(file.path), file.root)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return os.fdopen(os.open(file.path, flags), "rb")
+
+
+def _header(stream: io.BufferedReader) -> str:
+    """The SHA-256 of the header of a safetensors file; the stream is at its start again."""
+    length = int.from_bytes(stream.read(8), "little")
+    head = stream.read(length) if length <= _MOST_HEADER else b""
+    stream.seek(0)
+    return hashlib.sha256(head).hexdigest()

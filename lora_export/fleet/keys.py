@@ -39,11 +39,21 @@ class Spelled:
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[object, dict[str, object]]] = {}
+        self._texts: dict[int, tuple[object, str]] = {}
 
     def __call__(self, options: object) -> dict[str, object]:
         kept = self._made.get(id(options))
         if kept is None:
             kept = self._made[id(options)] = options, _options(options)
+        return kept[1]
+
+    def text(self, value: object) -> str:
+        """The canonical JSON of a part of inputs."""
+        if not isinstance(value, Mapping):
+            return _canonical(value)
+        kept = self._texts.get(id(value))
+        if kept is None:
+            kept = self._texts[id(value)] = value, _canonical(value)
         return kept[1]
 
 
@@ -57,11 +67,11 @@ def row_inputs(
     spelled = spelled or Spelled()
     inputs: dict[str, object] = {
         "schema": SCHEMA,
-        "base": dict(base),
-        "adapters": [{"files": dict(files), "weight": float(weight)} for files, weight in adapters],
+        "base": base,
+        "adapters": [{"files": files, "weight": float(weight)} for files, weight in adapters],
         "options": spelled(row.options),
         "keep": row.keep,
-        "versions": dict(versions()),
+        "versions": versions(),
     }
     if row.target is not None:
         inputs |= {"target": row.target, "package": _options(row.package)}
@@ -76,17 +86,23 @@ def base_inputs(row: FleetRow, base: Files, spelled: Spelled | None = None) -> d
     spelled = spelled or Spelled()
     return {
         "schema": SCHEMA,
-        "base": dict(base),
+        "base": base,
         "merge": spelled(row.options.merge),
         "export": spelled(row.options.export),
-        "versions": dict(versions()),
+        "versions": versions(),
     }
 
 
-def key_of(inputs: Mapping[str, object]) -> str:
-    """64 hexadecimal digits."""
-    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+def key_of(inputs: Mapping[str, object], spelled: Spelled | None = None) -> str:
+    """64 hexadecimal digits. spelled: keeps the text of parts that many inputs share."""
+    if spelled is None:
+        return hashlib.sha256(_canonical(inputs).encode()).hexdigest()
+    parts = (f"{_canonical(name)}:{spelled.text(inputs[name])}" for name in sorted(inputs))
+    return hashlib.sha256(f"{{{','.join(parts)}}}".encode()).hexdigest()
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 @functools.cache
@@ -123,7 +139,7 @@ def _value(value: Any, name: str) -> object:
 
 
 def _contents(path: Path) -> object:
-    return dict(Hashes().of(path)) if path.is_dir() else sha256(path)
+    return Hashes().of(path) if path.is_dir() else sha256(path)
 
 
 def _signer(path: Path) -> str:

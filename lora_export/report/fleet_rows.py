@@ -4,9 +4,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import PurePath
 from typing import Protocol
 
-from lora_export.contracts.fleet import STATES, FleetResult, PlannedRow, Record, RowOutcome
+from lora_export.contracts.fleet import KEPT, STATES, FleetResult, PlannedRow, Record, RowOutcome
 from lora_export.contracts.fleet_report import (
     FLEET_SCHEMA_VERSION,
     FleetChange,
@@ -52,9 +53,8 @@ def of_run(
     plans = {p.row.name: p for p in planned}
     old = {row.name: row for row in before.rows} if before is not None else {}
     rows = [_row(outcome, plans[outcome.name], old.get(outcome.name), created) for outcome in result.rows]
-    if any(r.state == "skipped" and not r.place for r in rows):
-        rows = _with_records(rows, store.records("objects"))
-    models = {p.row.base: without_secrets(p.row.model) for p in plans.values()}
+    rows = _with_records(rows, store)
+    models = {p.row.base: named(p.row.model) for p in plans.values()}
     return with_changes(
         FleetReport(
             schema_version=FLEET_SCHEMA_VERSION,
@@ -72,6 +72,7 @@ def of_run(
 
 
 def _row(outcome: RowOutcome, plan: PlannedRow, was: FleetReportRow | None, created: str) -> FleetReportRow:
+    """A plan says of a row that stands neither the base's key nor why it is alone: nothing is looked up for it."""
     stands = plan.state is not None or outcome.state == "skipped"
     key = outcome.key or plan.key
     if stands and was is not None and was.key == key and settled(was.state) == settled(outcome.state):
@@ -79,9 +80,16 @@ def _row(outcome: RowOutcome, plan: PlannedRow, was: FleetReportRow | None, crea
     else:
         row = from_outcome(outcome, "" if stands else created)
     return replace(
-        row, base=plan.row.base, adapters=tuple(without_secrets(a) for a in plan.row.adapters), key=key,
-        base_key=plan.base_key, alone=plan.alone, error=plan.error or outcome.error or row.error,
+        row, base=plan.row.base, adapters=tuple(map(named, plan.row.adapters)), key=key,
+        base_key=plan.base_key or row.base_key, alone=plan.alone or row.alone,
+        error=plan.error or outcome.error or row.error,
     )  # fmt: skip
+
+
+def named(given: str) -> str:
+    """An adapter or a base as documents name it: a URL without secrets, a Hub ID, or a folder without its
+    path, which is of one machine."""
+    return without_secrets(given) if "://" in given or not given.startswith(("/", "~")) else PurePath(given).name
 
 
 def from_outcome(outcome: RowOutcome, made: str) -> FleetReportRow:
@@ -96,19 +104,30 @@ def from_outcome(outcome: RowOutcome, made: str) -> FleetReportRow:
     )  # fmt: skip
 
 
-def _with_records(rows: Sequence[FleetReportRow], records: Mapping[str, bytes]) -> list[FleetReportRow]:
-    """Rows of an object that an earlier run, whose document is gone, or another row of the same key made."""
+def _with_records(rows: Sequence[FleetReportRow], store: Place) -> list[FleetReportRow]:
+    """Rows that need no work, with figures from their records where no document has them: it is gone, or a row of
+    another name was made. objects/ and failed/ are read once, if there is such a row."""
+    kept: dict[str, Mapping[str, bytes]] = {}
     found = []
     for row in rows:
-        record = read_record(records[row.key]) if not row.place and row.key in records else None
-        if row.state == "skipped" and record is not None:
-            made = from_outcome(record.outcome, record.created)
-            row = replace(
-                made, name=row.name, base=row.base, adapters=row.adapters, state=row.state, key=row.key,
-                base_key=row.base_key, alone=row.alone,
-            )  # fmt: skip
+        place = "objects" if row.state == "skipped" else "failed"
+        if not row.place and row.key and row.state in ("skipped", *KEPT):
+            if place not in kept:
+                kept[place] = store.records(place)
+            record = read_record(kept[place][row.key]) if row.key in kept[place] else None
+            row = of_record(record, row) if record is not None else row
         found.append(row)
     return found
+
+
+def of_record(record: Record, row: FleetReportRow) -> FleetReportRow:
+    """The row with what a record says; which name it is, and what it was asked for, the record does not know."""
+    made = from_outcome(record.outcome, record.created)
+    return replace(
+        made, name=row.name, base=row.base, adapters=row.adapters, key=record.key,
+        state=row.state if settled(row.state) == made.state else made.state,
+        base_key=record.base_key or row.base_key, alone=row.alone,
+    )  # fmt: skip
 
 
 def read_record(raw: bytes) -> Record | None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from lora_export.contracts.fleet import STATES, State
 from lora_export.contracts.fleet_report import FleetChange, FleetReport, FleetReportRow
+from lora_export.escape import one_line
 from lora_export.report.fleet_plots import Point, histogram
 from lora_export.wording import DASH, count, number, percent, seconds, size
 
@@ -62,7 +63,7 @@ def verdict(report: FleetReport) -> tuple[str, Tone]:
 def headline(report: FleetReport) -> list[str]:
     said = [f"{report.totals[state]:,} {WORDS[state]}" for state in STATES if report.totals.get(state)]
     sentences = [f"{', '.join(said)}." if said else "Nothing was asked for."]
-    sentences.append(f"The run took {duration(report.seconds)}.")
+    sentences += [f"The run took {duration(report.seconds)}."] if report.seconds else []
     if lowest := worst_survival(report.rows)[:1]:
         sentences.append(
             f"Least of an adapter's effect that is kept: {share(lowest[0].survival)} ({lowest[0].name})."
@@ -72,7 +73,7 @@ def headline(report: FleetReport) -> list[str]:
 
 def about(report: FleetReport) -> list[tuple[str, str]]:
     nbytes = [r.nbytes for r in report.rows if r.nbytes is not None]
-    rows = [("Root", report.root), ("Written", report.created)]
+    rows = [("Root", one_line(report.root)), ("Written", report.created)]
     rows += [("Shard", f"{report.shard}: only a part of the fleet")] if report.shard else []
     rows += [("Shards", _shards(report.joined))] if report.joined else []
     rows += [("Objects", f"{size(sum(nbytes))} in {count(len(nbytes), 'object')}")] if nbytes else []
@@ -148,7 +149,7 @@ def base_rows(report: FleetReport) -> list[tuple[str, ...]]:
         times = _finite(r.seconds for r in rows if r.seconds)
         found.append(
             (
-                base.name or DASH,
+                one_line(base.name) or DASH,
                 f"{len(rows):,}",
                 *(f"{n:,}" if (n := base.totals.get(state)) else DASH for state in STATES),
                 share(median(kept)) if kept else DASH,
@@ -168,27 +169,33 @@ def stage_rows(report: FleetReport) -> list[tuple[str, ...]]:
             times.setdefault(stage, []).append(spent)
     whole = math.fsum(t for spent in times.values() for t in spent)
     return [
-        (stage, f"{len(spent):,}", seconds(median(spent)), duration(of := math.fsum(spent)), percent(of / whole, 1))
+        (
+            one_line(stage),
+            f"{len(spent):,}",
+            seconds(median(spent)),
+            duration(of := math.fsum(spent)),
+            percent(of / whole, 1),
+        )
         for stage, spent in sorted(times.items(), key=lambda item: -math.fsum(item[1]))
         if whole > 0
     ]
 
 
 def claims(report: FleetReport) -> list[tuple[str, str]]:
-    """What may be said of the rows that share a preparation, in the words of its record."""
+    """What may be said of the rows that share a preparation, in the words of its record, and why others share
+    none."""
     found = []
     for base in report.bases:
         for shared in base.preparations:
             said = shared.claim or (
                 reason_of(shared.error) if shared.error else "nothing was measured for its graph"
             )
-            found.append(
-                (base.name or shared.key[:12], f"{count(shared.rows, 'adapter')} of {shared.key[:12]}: {said}")
-            )
+            key = shared.key[:12]
+            found.append((base.name or key, f"{count(shared.rows, 'adapter')} of {key}: {said}"))
         rows = [r for r in report.rows if r.base == base.name and r.alone]
         for why in dict.fromkeys(r.alone for r in rows):
             found.append((base.name, f"{count(sum(r.alone == why for r in rows), 'adapter')} alone: {why}"))
-    return found
+    return [(one_line(name), one_line(text)) for name, text in found]
 
 
 def reason_of(error: Mapping[str, str | None]) -> str:

@@ -22,8 +22,11 @@ def key(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+WEIGHTS = (960, 20, 12, 5, 3)  # of the states in which rows end
+
+
 def fleet(
-    count: int, seed: int = 0, root: str = "/srv/fleet/nightly"
+    count: int, seed: int = 0, weights: tuple[int, ...] = WEIGHTS
 ) -> tuple[FleetResult, tuple[PlannedRow, ...]]:
     draw = random.Random(seed)
     outcomes, planned = [], []
@@ -33,7 +36,7 @@ def fleet(
         name = f"{owner}-{draw.choice(('support', 'legal', 'sales'))}-{at:05}"
         row = FleetRow(name, base, BASES[base], (f"{owner}/{name}-lora@{key(name)[:7]}",))
         alone = "the adapter brings a head of its own" if base == "bert" else ""
-        state: State = draw.choices(("done", "gate", "refused", "died", "timeout"), (960, 20, 12, 5, 3))[0]
+        state: State = draw.choices(("done", "gate", "refused", "died", "timeout"), weights)[0]
         planned.append(PlannedRow(row, key(name), "" if alone else key(base), alone))
         outcomes.append(_outcome(planned[-1], state, draw))
     prepared = [
@@ -43,7 +46,7 @@ def fleet(
         for b in BASES
         if b != "bert"
     ]
-    return FleetResult(root, tuple(outcomes), tuple(prepared), 0.31 * count), tuple(planned)
+    return FleetResult("/srv/fleet/nightly", tuple(outcomes), tuple(prepared), 0.31 * count), tuple(planned)
 
 
 def _outcome(plan: PlannedRow, state: State, draw: random.Random) -> RowOutcome:

@@ -60,15 +60,17 @@ def connect(ray: Any, on: str, workers: int, stack: contextlib.ExitStack) -> boo
             return False
         if "RAY_ADDRESS" in os.environ:
             raise ConnectionError(f"nothing runs at RAY_ADDRESS ({os.environ['RAY_ADDRESS']})")
+        _own_token()
         ray.init(
             "local", num_cpus=workers, include_dashboard=False, object_store_memory=_STORE_BYTES,
             _system_config=_OF_THIS_MACHINE, **common,
         )  # fmt: skip
-    except (ImportError, ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (ray.exceptions.RayError, ImportError, RuntimeError, ValueError, OSError) as error:
         raise RuntimeUnavailable(
             f"no Ray cluster for --on {on}: {first_line(error)}",
             expected="a cluster that runs, with this Python and this Ray; ray:// takes its client port (10001)",
-            next_step="`ray status` on the cluster says whether it runs; --on local needs none",
+            next_step="`ray status` there says whether it runs; RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, if it has a "
+            "token; --on local needs no cluster",
         ) from error
     return True
 
@@ -106,6 +108,12 @@ def secret_variables(environment: Mapping[str, str]) -> dict[str, str]:
         for name, value in environment.items()
         if name.startswith(_CREDENTIALS) or (name.startswith(_PREFIX) and _SECRET.search(name))
     }
+
+
+def _own_token() -> None:
+    """A cluster that is started here answers this program only. Without a token Ray would leave one in the home."""
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from lora_export.fleet import records
 from lora_export.fleet.stores.protocol import Store, opened
 from lora_export.report import fleet_document, fleet_rows
 from lora_export.version import __version__
+from lora_export.workflows.fleet.verifying import is_root
 
 _SHARD = re.compile(r"shards/(\d+)-of-(\d+)/fleet\.json")
 _GONE = {
@@ -23,14 +24,9 @@ _GONE = {
 }  # fmt: skip
 
 
-def is_fleet(root: str) -> bool:
-    """Whether a folder is the root of a fleet; a URL can be nothing else."""
-    if "://" in root:
-        return True
-    folder = Path(root)
-    return any(
-        (folder / name).exists() for name in (fleet_document.DOCUMENT, "shards", "objects", "failed", "names")
-    )
+def is_fleet(path: str) -> bool:
+    """Whether `report` of a path means a fleet: the root of one, or what shards have left of it."""
+    return is_root(path) or Path(path, "shards").is_dir()
 
 
 def report(root: str) -> FleetPages:
@@ -140,14 +136,14 @@ class _Kept:
         """A row of a document, as the records have it."""
         newer = self.newest.get(row.name)
         if newer is not None and (newer.created > created or (newer.key == row.key and not row.place)):
-            return _of_record(newer, row)
+            return fleet_rows.of_record(newer, row)
         place, record = self._by_key.get(row.key, ("", None))
         if isinstance(record, InputError):
             return replace(row, state="died", error=record.as_json())
         if record is None and row.place:
             return replace(row, state="died", error=_GONE)
         if row.state == "died" and place == "objects" and record is not None:  # it was gone, and is there again
-            return _of_record(record, row)
+            return fleet_rows.of_record(record, row)
         return row
 
     def others(self, known: Mapping[str, FleetReportRow], created: str, whole: bool) -> Iterator[FleetReportRow]:
@@ -159,10 +155,10 @@ class _Kept:
         for name, key in names.items():
             record = self._record(key)
             if record is not None:
-                yield _of_record(record, FleetReportRow(name, "", (), "done", key))
+                yield fleet_rows.of_record(record, FleetReportRow(name, "", (), "done", key))
         for name, record in self.newest.items():
             if name not in known and name not in names and not self._old(record, created, whole):
-                yield _of_record(record, FleetReportRow(name, "", (), "done", record.key))
+                yield fleet_rows.of_record(record, FleetReportRow(name, "", (), "done", record.key))
 
     @staticmethod
     def _old(record: Record, created: str, whole: bool) -> bool:
@@ -187,12 +183,3 @@ def _decoded(raw: bytes, where: str) -> Record | InputError:
         return records.decoded(raw, where)
     except InputError as error:
         return error
-
-
-def _of_record(record: Record, row: FleetReportRow) -> FleetReportRow:
-    """What a record says, with what only the row's document knows."""
-    made = fleet_rows.from_outcome(record.outcome, record.created)
-    return replace(
-        made, name=row.name, base=row.base, adapters=row.adapters, key=record.key,
-        base_key=record.base_key or row.base_key, alone=row.alone,
-    )  # fmt: skip

@@ -17,10 +17,10 @@ from lora_export.checkpoint import open_checkpoint
 from lora_export.checkpoint.adapter_files import open_adapter_files, single_file
 from lora_export.checkpoint.pipeline import is_pipeline
 from lora_export.checkpoint.sources import adapter_choices, resolve
-from lora_export.contracts import AdapterChoice, FleetOptions, FleetRow, PlannedRow, Progress
+from lora_export.contracts import AdapterChoice, FleetOptions, FleetRow, PlannedRow, Progress, Source
 from lora_export.contracts.fleet import KEPT, State
 from lora_export.errors import InputError, LoraExportError
-from lora_export.fleet.hashes import Hashes
+from lora_export.fleet.hashes import Contents, Hashes, user_cache
 from lora_export.fleet.keys import Spelled, base_inputs, key_of, row_inputs
 from lora_export.fleet.records import decoded
 from lora_export.fleet.stores.protocol import Store
@@ -35,23 +35,17 @@ def plan(
 ) -> tuple[PlannedRow, ...]:
     """Each row of this shard with its key, its state and what it needs, in the order of `rows`.
 
-    cache: of the hashes of files; None: `hash_cache()`. A row that is refused says why, and stops no other.
+    cache: of the hashes of files; None: the user's. A row that is refused says why, and stops no other.
     InputError for a shard that is none; OutputError for a store that does not answer.
     """
     shard = shard_of(options.shard)
     progress.stage(f"plan: {len(rows)} rows")
-    found = _Inputs(options.scratch, Hashes(cache or hash_cache()), progress)
+    found = _Inputs(options.scratch, Hashes(cache or user_cache()), progress)
     found.find(rows)
     planned = [found.planned(row) for row in rows]
     ours = [p for p in planned if shard is None or in_shard(p, *shard)]
     _with_states(ours, store, options)
     return tuple(found.finished(p) for p in ours)
-
-
-def hash_cache() -> Path:
-    """Where hashes of files are kept for this user."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "lora-export" / "hashes.sqlite"
 
 
 def shard_of(text: str | None) -> tuple[int, int] | None:
@@ -118,14 +112,18 @@ class _Inputs:
     spelled: Spelled = field(default_factory=Spelled)
     models: dict[str, Path | LoraExportError] = field(default_factory=dict)
     choices: dict[str, AdapterChoice | LoraExportError] = field(default_factory=dict)
-    files: Mapping[Path, Mapping[str, str] | LoraExportError] = field(default_factory=dict)
+    files: Mapping[Path, Contents | LoraExportError] = field(default_factory=dict)
     _checked: dict[tuple[object, ...], LoraExportError | None] = field(default_factory=dict)
+    _sound: set[tuple[object, ...]] = field(default_factory=set)
+    _pipelines: dict[Path, bool] = field(default_factory=dict)
+    _alone: dict[tuple[object, ...], str] = field(default_factory=dict)
+    _base_keys: dict[tuple[object, ...], str] = field(default_factory=dict)
     _weights: dict[tuple[object, ...], _Weights | LoraExportError] = field(default_factory=dict)
 
     def find(self, rows: Sequence[FleetRow]) -> None:
         """Bring what lies elsewhere, and hash everything."""
-        self.models = _each((row.model for row in rows), self._model)
-        self.choices = _each((a for row in rows for a in row.adapters), self._choice)
+        self.models = _each((row.model for row in rows), lambda m: located_model(m, self.scratch).folder)
+        self.choices = _each((a for row in rows for a in row.adapters), lambda a: located_adapter(a, self.scratch))
         places = [m for m in self.models.values() if isinstance(m, Path)]
         places += [c.folder for c in self.choices.values() if isinstance(c, AdapterChoice)]
         self.files = self.hashes.of_all(places)
@@ -137,8 +135,9 @@ class _Inputs:
         """With its key, or refused where an input cannot be read."""
         try:
             base, adapters = self.base_of(row), self.adapters_of(row)
-            pairs = [(_found(self.files[a.folder]), a.weight) for a in adapters]
-            return PlannedRow(row, key_of(row_inputs(row, _found(self.files[base]), pairs, self.spelled)))
+            pairs = [(self._contents(a.folder).files, a.weight) for a in adapters]
+            inputs = row_inputs(row, self._contents(base).files, pairs, self.spelled)
+            return PlannedRow(row, key_of(inputs, self.spelled))
         except LoraExportError as error:
             return PlannedRow(row, "", state="refused", error=error.as_json())
         except OSError as error:
@@ -155,20 +154,18 @@ class _Inputs:
         """With its base and its needs, if it is to be done; or refused by what headers show."""
         if planned.state is not None:
             return planned
-        from lora_export.workflows.fleet.base import why_alone
-
         row = planned.row
         try:
             base, adapters = self.base_of(row), self.adapters_of(row)
             self._refuse(row, base, adapters)
             weights = self._weights_of(row, base)
-            alone = why_alone(row, base, adapters)
+            alone = self._why_alone(row, base, adapters)
         except LoraExportError as error:
             return replace(planned, state="refused", error=error.as_json())
         except OSError as error:
             told = InputError(f"the file cannot be read: {error.strerror}", where=error.filename)
             return replace(planned, state="refused", error=told.as_json())
-        base_key = "" if alone else key_of(base_inputs(row, _found(self.files[base]), self.spelled))
+        base_key = "" if alone else self._base_key(row, base)
         return replace(
             planned,
             alone=alone,
@@ -179,32 +176,14 @@ class _Inputs:
 
     # --- finding ---------------------------------------------------------------------------------------------
 
-    def _model(self, model: str) -> Path:
-        return self._localized(model) if "://" in model else resolve(model).folder
-
-    def _choice(self, adapter: str) -> AdapterChoice:
-        if "://" not in adapter:
-            return adapter_choices(adapter)[0]
-        where, _, tail = adapter.rpartition(":")
-        try:
-            url, weight = where, float(tail)
-        except ValueError:
-            url, weight = adapter, 1.0
-        return AdapterChoice(self._localized(url), weight, url)
-
-    def _localized(self, url: str) -> Path:
-        from lora_export.fleet.stores.inputs import localized
-
-        local: Path = localized(url, inputs_folder(self.scratch))
-        return local
-
     # --- what headers show -----------------------------------------------------------------------------------
 
     def _refuse(self, row: FleetRow, base: Path, adapters: Sequence[AdapterChoice]) -> None:
         """LoraExportError for what a run of this row would refuse by files, names and headers."""
         options = row.options
         self._once(("base", base), lambda: _refuse_base(base))
-        if not is_pipeline(base):
+        pictures = self._is_pipeline(base)
+        if not pictures:
             self._once(("export", base, id(options.export)), lambda: _refuse_export(base, row))
         for text in (options.validation.prompts, options.validation.text, options.export.quantization.calibration):
             if text is not None:
@@ -212,9 +191,10 @@ class _Inputs:
         if row.target is not None:
             self._once(("package", row.target, id(options)), lambda: _refuse_package(row))
         for adapter in adapters:
-            check_adapter_folder(adapter.folder)
-            if not is_pipeline(base) or single_file(adapter.folder) is None:
-                open_adapter_files(adapter.folder)
+            what = pictures, self._contents(adapter.folder).form
+            if what not in self._sound:  # a refusal names this adapter's own files
+                _refuse_adapter(adapter.folder, single=pictures)
+                self._sound.add(what)
 
     def _once(self, what: tuple[object, ...], check: Callable[[], None]) -> None:
         """A check that many rows share."""
@@ -228,6 +208,30 @@ class _Inputs:
         if refused is not None:
             raise refused
 
+    def _is_pipeline(self, base: Path) -> bool:
+        if base not in self._pipelines:
+            self._pipelines[base] = is_pipeline(base)
+        return self._pipelines[base]
+
+    def _why_alone(self, row: FleetRow, base: Path, adapters: Sequence[AdapterChoice]) -> str:
+        """Of adapters that differ in numbers alone it is asked once."""
+        from lora_export.workflows.fleet.base import why_alone
+
+        forms = [(self._contents(a.folder).form, a.weight) for a in adapters]
+        what = (base, id(row.options), *forms)
+        if what not in self._alone:
+            self._alone[what] = why_alone(row, base, adapters)
+        return self._alone[what]
+
+    def _base_key(self, row: FleetRow, base: Path) -> str:
+        what = base, id(row.options.merge), id(row.options.export)
+        if what not in self._base_keys:
+            self._base_keys[what] = key_of(base_inputs(row, self._contents(base).files, self.spelled))
+        return self._base_keys[what]
+
+    def _contents(self, place: Path) -> Contents:
+        return _found(self.files[place])
+
     def _weights_of(self, row: FleetRow, base: Path) -> _Weights:
         what = (base, row.options.merge)
         if what not in self._weights:
@@ -236,6 +240,29 @@ class _Inputs:
             except LoraExportError as error:
                 self._weights[what] = error
         return _found(self._weights[what])
+
+
+def located_model(model: str, scratch: Path | None) -> Source:
+    """The folder of a row's model on this machine. InputError if there is none."""
+    return Source(model, _localized(model, scratch)) if "://" in model else resolve(model)
+
+
+def located_adapter(adapter: str, scratch: Path | None) -> AdapterChoice:
+    """The same of one of its adapters, with its weight."""
+    if "://" not in adapter:
+        return adapter_choices(adapter)[0]
+    where, _, tail = adapter.rpartition(":")
+    try:
+        url, weight = where, float(tail)
+    except ValueError:
+        url, weight = adapter, 1.0
+    return AdapterChoice(_localized(url, scratch), weight, url)
+
+
+def _localized(url: str, scratch: Path | None) -> Path:
+    from lora_export.fleet.stores.inputs import localized
+
+    return localized(url, inputs_folder(scratch))
 
 
 def inputs_folder(scratch: Path | None) -> Path:
@@ -261,6 +288,13 @@ def _found(one: T | LoraExportError) -> T:
     if isinstance(one, LoraExportError):
         raise one
     return one
+
+
+def _refuse_adapter(folder: Path, *, single: bool) -> None:
+    """single: it may be a file, as image models have them."""
+    check_adapter_folder(folder)
+    if not single or single_file(folder) is None:
+        open_adapter_files(folder)
 
 
 def _refuse_base(base: Path) -> None:
