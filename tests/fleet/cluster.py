@@ -63,7 +63,9 @@ def raylets(count: int) -> Iterator[Raylets]:
 
 def workers() -> list[psutil.Process]:
     """Processes of Ray's workers that carry this project's actor."""
-    return [p for p in psutil.process_iter(["name", "cmdline"]) if "ray::RayWorker" in " ".join(p.info["cmdline"] or [])]
+    return [
+        p for p in psutil.process_iter(["name", "cmdline"]) if "ray::RayWorker" in " ".join(p.info["cmdline"] or [])
+    ]
 
 
 def gone(processes: list[psutil.Process], seconds: float) -> bool:

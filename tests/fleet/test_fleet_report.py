@@ -13,7 +13,16 @@ import pytest
 from click.testing import CliRunner
 
 from lora_export.commands.main import cli
-from lora_export.contracts import FleetReport, FleetResult, FleetRow, PlannedRow, Record, RowFigures, RowOutcome
+from lora_export.contracts import (
+    FleetReport,
+    FleetResult,
+    FleetRow,
+    PlannedRow,
+    Record,
+    Report,
+    RowFigures,
+    RowOutcome,
+)
 from lora_export.errors import InputError
 from lora_export.fleet import records
 from lora_export.fleet.stores.protocol import opened
@@ -21,7 +30,9 @@ from lora_export.report import fleet_document, fleet_metrics, fleet_page, fleet_
 from lora_export.report.fleet_plots import Point, histogram
 from lora_export.storage.documents import decode, json_schema
 from lora_export.workflows.fleet import joined
+from lora_export.workflows.fleet.row import figures_of
 from tests.fleet.made_up import FolderPlace, fleet
+from tests.report.conftest import full_report
 from tests.report.test_report_pages import HOSTILE, Page
 
 
@@ -447,6 +458,28 @@ def test_report_from_records_alone_has_every_row_that_left_one(made: Made, root:
         )
     assert json.loads(run.stdout)["totals"] == document.totals
     assert all((root / f"fleet.{end}").is_file() for end in ("html", "md", "prom"))
+
+
+def test_report_of_a_store_without_renames_links_to_the_attempt_that_counts(made: Made, tmp_path: Path) -> None:
+    store = opened("memory://attempts")
+    outcome, plan = made[0].rows[0], made[1][0]
+    (tmp_path / "run" / "report").mkdir(parents=True)
+    (tmp_path / "run" / "report" / "report.html").write_text("")
+    store.publish(tmp_path / "run", outcome.place, Record(1, outcome.key, {}, outcome, {}))
+    (row,) = joined.join(store).rows
+    assert store.read(row.report) == b"" and row.report.startswith(f"{row.place}/report/")
+    assert row.place.startswith(f"{outcome.place}/") and row.name == plan.row.name
+
+
+def test_figures_of_a_failed_run_are_those_of_its_report() -> None:
+    document = full_report()
+    document["validate"]["checks"][0]["passed"] = False
+    report = decode(document, Report, "the report", "report.json")
+    assert report.validate is not None
+    figures = figures_of(report)
+    assert figures.checks == len(report.validate.checks) > 0 and figures.failed == 1
+    assert figures.survival == min(s.share for s in report.validate.adapter_survival if s.share is not None)
+    assert figures_of(replace(report, merge=None, validate=None, benchmark=None)) == RowFigures()
 
 
 def test_report_joins_shards_and_tells_of_missing_ones(made: Made, root: Path) -> None:
