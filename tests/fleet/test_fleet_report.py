@@ -541,6 +541,15 @@ def test_report_tells_of_objects_that_are_gone_or_damaged(made: Made, root: Path
     assert found[damaged.name].state == "died" and "changed" in fleet_story.reason(found[damaged.name])
 
 
+def test_inspect_says_what_a_root_holds_and_writes_nothing(made: Made, root: Path) -> None:
+    before = sorted(root.rglob("*"))
+    run = CliRunner().invoke(cli, ["inspect", str(root), "--json"])
+    found = json.loads(run.stdout)
+    assert found["kind"] == "fleet" and found["rows"] == sum(bool(r.place) for r in made[0].rows)
+    assert (found["done"], found["gate"]) == (made[0].totals["done"], made[0].totals["gate"])
+    assert sorted(root.rglob("*")) == before
+
+
 def test_report_of_a_fleet_is_not_compared_with_a_run(root: Path) -> None:
     run = CliRunner().invoke(cli, ["report", str(root), "--compare", str(root)])
     assert run.exit_code == 1 and "not compared" in run.stderr
