@@ -1135,12 +1135,12 @@ MUTATIONS = (
         "a link in a fleet's page may lead out of the root", "report/fleet_page.py",
         'any(part in ("", ".", "..") for part in parts)',
         'any(part == "." for part in parts)',
-        "tests/fleet/test_fleet_report.py::test_page_links_stay_in_the_root",
+        "tests/fleet/test_fleet_pages.py::test_page_links_stay_in_the_root",
     ),
     Mutation(
         "an object that is gone still counts", "workflows/fleet/joined.py",
         "if record is None and row.place:",
         "if record is None and not row.key:",
-        "tests/fleet/test_fleet_report.py::test_report_tells_of_objects_that_are_gone_or_damaged",
+        "tests/fleet/test_fleet_joined.py::test_report_tells_of_objects_that_are_gone_or_damaged",
     ),
 )  # fmt: skip
