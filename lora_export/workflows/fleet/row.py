@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,15 +106,15 @@ def _told(given: Given, run: Path, shared: "SharedBase | None", clock: Clock) ->
 
 def _given(task: Task, node: Path, clock: Clock) -> Given:
     """The inputs on this machine, which have to be those that were planned, and the options of the run."""
-    from lora_export.checkpoint.sources import adapter_choices, resolve
     from lora_export.fleet.hashes import Hashes
     from lora_export.fleet.keys import base_inputs, key_of, row_inputs
     from lora_export.pipeline import with_provider
+    from lora_export.workflows.fleet.planning import located_adapter
 
     clock.stage("inputs: finding and comparing them with the plan")
     row, planned = task.planned.row, task.planned
-    base = resolve(row.model)
-    adapters = [choice for name in row.adapters for choice in adapter_choices(name)]
+    base = _model(row.model, node)
+    adapters = [located_adapter(name, node) for name in row.adapters]
     hashes = Hashes()
     files = hashes.of(base.folder)
     if task.kind == "base":
@@ -133,6 +134,14 @@ def _given(task: Task, node: Path, clock: Clock) -> Given:
         seed = int((planned.base_key or planned.key)[:8], 16) % 2**31
     validation = replace(row.options.validation, seed=seed)
     return Given(base, adapters, with_provider(replace(row.options, validation=validation, force=False)), inputs)
+
+
+@cache
+def _model(model: str, node: Path) -> Source:
+    """Found once for all rows of this process, as it may lie in a store elsewhere."""
+    from lora_export.workflows.fleet.planning import located_model
+
+    return located_model(model, node)
 
 
 # --- what is kept --------------------------------------------------------------------------------------------
