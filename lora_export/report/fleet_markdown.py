@@ -25,7 +25,9 @@ def markdown(report: FleetReport) -> str:
         lines += _table(("adapter", "base", "survival", "KL, nats"), cells)
     if report.previous:
         lines += ["", f"## Changed since {escaped(report.previous.created)}", "", *_changed(report)]
-    lines += [f"- {escaped(name)}: {escaped(text)}" for name, text in _claims(report)]
+    if claims := story.claims(report):
+        lines += ["", "## What is claimed", ""]
+        lines += [f"- {escaped(name)}: {escaped(text)}" for name, text in claims]
     made = f"lora-export {escaped(report.tool_version)}, {escaped(report.created)}"
     return "\n".join([*lines, "", f"<sub>{made}. All rows: fleet.json, fleet.html.</sub>", ""])
 
@@ -46,13 +48,6 @@ def _changed(report: FleetReport) -> Iterator[str]:
         named = ", ".join(f"{escaped(name)} ({escaped(words)})" for name, words in kind.lines[:_CHANGED])
         more = f" and {kind.total - _CHANGED:,} more" if kind.total > _CHANGED else ""
         yield f"- {kind.heading} ({kind.total:,}): {named}{more}"
-
-
-def _claims(report: FleetReport) -> Iterator[tuple[str, str]]:
-    claims = story.claims(report)
-    if claims:
-        yield "What is claimed", ""
-    yield from claims
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -172,6 +172,15 @@ def test_secrets_of_adapters_and_root_are_in_no_file(made: Made, place: FolderPl
     assert not any(b"hunter2" in (place.folder / name).read_bytes() for name in place.written)
 
 
+def test_folders_are_named_without_their_path(made: Made, place: FolderPlace) -> None:
+    row = replace(
+        made[1][0].row, adapters=("/home/me/adapters/acme:0.5", "owner/b@v1"), base="mine", model="/models/mine"
+    )
+    report = fleet_document.write(*with_row(made, 0, plan={"row": row}), place)
+    assert report.rows[0].adapters == ("acme:0.5", "owner/b@v1")
+    assert "mine" in {base.model for base in report.bases} and b"/home/me" not in fleet_document.encoded(report)
+
+
 def test_schema_agrees_with_reader(made: Made, place: FolderPlace) -> None:
     fleet_document.write(*made, place)
     fleet_document.write(*with_row(made, 0, state="died"), place)
@@ -263,7 +272,7 @@ def test_pages_hostile_names_stay_text(made: Made, place: FolderPlace, name: str
     error = {"found": name, "where": name, "tensor": name, "next": name}
     made = with_row(
         made, 0, plan={"row": row, "alone": name, "key": name}, name=name, key=name, state="refused", error=error,
-        report=name, place=name, stages={name: 1.0},
+        report=name, place=name, stages={name: 1.0}, warnings=(name,),
     )  # fmt: skip
     _, page, text, prom = written(made, place)
     assert page.tags.count("script") == 1 and page.tags.count("img") == 0
@@ -331,15 +340,15 @@ def test_histogram_counts_every_figure_once() -> None:
     assert svg.count("var(--bad)") == 1 and "<b>" not in svg
 
 
-@pytest.mark.parametrize("values", [[], [1.0], [NAN, math.inf, None, 2.0]])
-def test_histogram_of_less_than_two_figures_is_none(values: list[float | None]) -> None:
+@pytest.mark.parametrize("values", [[], [1.0], [NAN, math.inf, None, 1.0, 2.0, 3.0, 4.0]])
+def test_histogram_of_few_figures_is_none(values: list[float | None]) -> None:
     assert histogram([Point(v) for v in values], "", str) is None
 
 
 @pytest.mark.parametrize("values", [[1.0, 1.0], [0.0, 0.0], [-1.0, 5.0], [1e-9, 1e8], [5e-324, 1.0], [-1e9, 1e9]])
 def test_histogram_of_any_range_has_ticks(values: list[float]) -> None:
-    svg = histogram([Point(v) for v in values], "", "{:g}".format)
-    assert svg is not None and bars(svg) == 2
+    svg = histogram([Point(v) for v in (*values, *values, *values)], "", "{:g}".format)
+    assert svg is not None and bars(svg) == 6
     assert 1 <= svg.count('text-anchor="middle"') <= 14
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 AGE = timedelta(days=1)  # longer than the upload of one file takes
 _NAME = re.compile(r"([0-9a-f]{8})-([0-9a-f]{8})-[0-9a-f]{16}")
 _PROC = Path("/proc")
+_failed: set[str] = set()  # attempts of this process that it gave up itself
 
 
 def attempt_name() -> str:
@@ -25,12 +26,17 @@ def is_attempt(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def give_up(name: str) -> None:
+    """Of an attempt of this process whose files could not be removed, or not yet."""
+    _failed.add(name)
+
+
 def given_up(name: str, silent: timedelta) -> bool:
-    """Whether the process of an attempt is dead, as far as can be seen from here. silent: since its last file."""
+    """Whether nobody works on an attempt any more, as far as can be seen from here. silent: since its last file."""
     found = _NAME.fullmatch(name)
     if found is None:
         return False
-    if silent > AGE:
+    if silent > AGE or name in _failed:
         return True
     return found[1] == _kernel() and found[2] not in _living()
 

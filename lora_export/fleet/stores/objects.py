@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from lora_export.contracts.fleet import Record, StoredFile
 from lora_export.errors import InputError, OutputError
 from lora_export.fleet.records import LARGEST, NAME, encoded, finished
-from lora_export.fleet.stores.attempts import attempt_name, given_up
+from lora_export.fleet.stores.attempts import attempt_name, give_up, given_up
 from lora_export.fleet.stores.bucket import PART, Bucket, Listed, UnclearError, opened_bucket
 from lora_export.fleet.stores.files import (
     Passing,
@@ -82,7 +82,7 @@ class ObjectStore:
         old = b"" if there is None or not again else self._content(there)
         if first:
             at = attempt_name()
-            with self._given_up(f"{place}/{at}"):
+            with self._given_up(place, at):
                 files = self._upload(folder, f"{place}/{at}")
                 first = self._put_if(name, encoded(finished(record, files, at)), there)
             with contextlib.suppress(OutputError):  # what is left over is told by `verify`
@@ -139,15 +139,17 @@ class ObjectStore:
         raise AssertionError  # not reached
 
     @contextlib.contextmanager
-    def _given_up(self, attempt: str) -> Iterator[None]:
-        """Remove an attempt after an error; not where its record may still arrive."""
+    def _given_up(self, place: str, at: str) -> Iterator[None]:
+        """Remove an attempt after an error; but not yet where its record may still arrive."""
         try:
             yield
         except UnclearError as unclear:
+            give_up(at)
             raise unclear.error from None
         except BaseException:
+            give_up(at)
             with contextlib.suppress(OutputError):
-                self.bucket.delete(self.names(attempt))
+                self.bucket.delete(self.names(f"{place}/{at}"))
             raise
 
     def _upload(self, folder: Path, attempt: str) -> dict[str, StoredFile]:

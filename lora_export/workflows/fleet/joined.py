@@ -15,6 +15,7 @@ from lora_export.fleet import records
 from lora_export.fleet.stores.protocol import Store, opened
 from lora_export.report import fleet_document, fleet_rows
 from lora_export.version import __version__
+from lora_export.workflows.fleet.verifying import is_root
 
 _SHARD = re.compile(r"shards/(\d+)-of-(\d+)/fleet\.json")
 _GONE = {
@@ -23,14 +24,9 @@ _GONE = {
 }  # fmt: skip
 
 
-def is_fleet(root: str) -> bool:
-    """Whether a folder is the root of a fleet; a URL can be nothing else."""
-    if "://" in root:
-        return True
-    folder = Path(root)
-    return any(
-        (folder / name).exists() for name in (fleet_document.DOCUMENT, "shards", "objects", "failed", "names")
-    )
+def is_fleet(path: str) -> bool:
+    """Whether `report` of a path means a fleet: the root of one, or what shards have left of it."""
+    return is_root(path) or Path(path, "shards").is_dir()
 
 
 def report(root: str) -> FleetPages:

@@ -128,10 +128,11 @@ def _check(store: Store, pool: ThreadPoolExecutor, where: str, raw: bytes | None
     files = {f for f in files if f.partition("/")[0] not in attempts and f != NAME}
     if record is None:
         return _Checked([f"{where} has {len(files)} files and no record"] * bool(files), unfinished)
-    wrong = [f"{where} has the record of the key {record.key}"] * (where.rpartition("/")[2] != record.key)
+    if where.rpartition("/")[2] != record.key:
+        return _Checked([f"{where} has the record of the key {record.key}"], unfinished)
     below = f"{at}/" if at else ""
     own = {f"{below}{name}": name for name in record.files}
-    wrong += [f"{where}/{f} is not in the record" for f in sorted(files - own.keys())]
+    wrong = [f"{where}/{f} is not in the record" for f in sorted(files - own.keys())]
     readable = [f for f in own if f in files]
     there: dict[str, StoredFile] = {}
     for f, measured in zip(readable, pool.map(partial(_measured, store, where), readable), strict=True):
