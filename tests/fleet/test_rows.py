@@ -267,3 +267,27 @@ def test_prepare_base_with_a_damaged_adapter_is_refused_before_any_export(
     outcome = carry_out("base", one, inputs.root, inputs.scratch)
     assert outcome.state == "refused" and "NaN" in str((outcome.error or {})["found"])
     assert not (inputs.root / "bases" / one.base_key).exists()
+
+
+def test_manifest_of_many_runs_hashes_a_base_once_and_again_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_export import manifest
+
+    read: list[Path] = []
+
+    def counted(path: Path, root: Path | None = None) -> Any:
+        read.append(path)
+        return hashed(path, root)
+
+    monkeypatch.setattr(manifest, "hashed", counted)
+    monkeypatch.setattr(manifest, "_SETTLED", -1)
+    monkeypatch.setattr(manifest, "_known", {})
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"one")
+    first = manifest._input_hashes(tmp_path, manifest._hashed_once)
+    assert manifest._input_hashes(tmp_path, manifest._hashed_once) == first and len(read) == 1
+    file.write_bytes(b"two")
+    assert manifest._input_hashes(tmp_path, manifest._hashed_once) != first and len(read) == 2
+    # A verification reads what is there.
+    assert not manifest.same_inputs("base_files", first, tmp_path)[0].passed

@@ -7,12 +7,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_export import manifest
 from lora_export.contracts import AdapterChoice, PackageOptions, Source, Story, StoryOptions
-from lora_export.contracts.fleet import Record, RowFigures, RowOutcome, State, Task
+from lora_export.contracts.fleet import Record, RowFigures, RowOutcome, State, StoredFile, Task
 from lora_export.errors import GateFailed, LoraExportError, OutputError, RuntimeUnavailable
 from lora_export.fleet.records import NAME, SCHEMA_VERSION, decoded
 from lora_export.fleet.stores.protocol import Store
-from lora_export.storage import sealed
+from lora_export.storage import disk, sealed
 from lora_export.workflows.fleet.clock import Clock
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ def prepare_base(task: Task, store: Store, node: Path, clock: Clock) -> RowOutco
     stage, work = task.scratch / "base", task.scratch / "work"
     stage.mkdir()
     work.mkdir()
-    claim = fill(stage, work, given.base, given.adapters, given.options, clock)
+    with disk.unsynced():  # the store sees to what is to last
+        claim = fill(stage, work, given.base, given.adapters, given.options, clock)
     shutil.rmtree(work, ignore_errors=True)
     done = clock.outcome(task, "done", place=place, figures=RowFigures(nbytes=_bytes(stage)))
     record = Record(SCHEMA_VERSION, key, given.inputs, done, {}, base_key=key, claim=claim)
@@ -71,8 +73,9 @@ def make_row(task: Task, store: Store, node: Path, clock: Clock) -> RowOutcome:
         shared = opened(task.planned.base_key, store, node).shared(given.options)
     run = task.scratch / "run"
     try:
-        story = _told(given, run, shared, clock)
-        folder = _kept(task, story, run, clock)
+        with disk.unsynced():  # the store sees to what is to last
+            story = _told(given, run, shared, clock)
+            folder = _kept(task, story, run, clock)
     except NO_VERDICT:
         raise
     except GateFailed as error:
@@ -85,7 +88,8 @@ def make_row(task: Task, store: Store, node: Path, clock: Clock) -> RowOutcome:
     done = _placed(clock.outcome(task, "done", figures=figures), place, "")
     claim = next((n for n in story.benchmark.notes if "same file" in n), "") if story.benchmark else ""
     base_key = task.planned.base_key
-    record = Record(SCHEMA_VERSION, task.planned.key, given.inputs, done, {}, base_key=base_key, claim=claim)
+    hashes = _sealed(folder)
+    record = Record(SCHEMA_VERSION, task.planned.key, given.inputs, done, hashes, base_key=base_key, claim=claim)
     first = store.publish(folder, place, record)
     if store.read(f"failed/{task.planned.key}/{NAME}") is not None:
         store.remove(f"failed/{task.planned.key}")
@@ -217,6 +221,13 @@ def _without_paths(error: Mapping[str, str | None], scratch: Path, place: str) -
 def _placed(outcome: RowOutcome, place: str, at: str) -> RowOutcome:
     place = f"{place}/{at}" if at else place
     return replace(outcome, place=place, report=f"{place}/{REPORT}")
+
+
+def _sealed(folder: Path) -> dict[str, StoredFile]:
+    """What the run has just hashed for its manifest, so that a store need not read it again."""
+    if not (folder / manifest.NAME).is_file():
+        return {}
+    return {n: StoredFile(f.size, f.sha256) for n, f in manifest.read(folder).files.items()}
 
 
 def _bytes(folder: Path) -> int:
