@@ -41,6 +41,7 @@ class FleetReportRow:
     checks: int = 0
     failed: int = 0
     error: Mapping[str, str | None] | None = None
+    warnings: tuple[str, ...] = ()
     made: str = ""
 
 

@@ -100,7 +100,7 @@ def from_outcome(outcome: RowOutcome, made: str) -> FleetReportRow:
         report=outcome.report, seconds=outcome.seconds, attempts=outcome.attempts, stages=outcome.stages,
         memory_bytes=outcome.memory_bytes, survival=figures.survival, delta_survival=figures.delta_survival,
         kl=figures.kl, ratio=figures.ratio, nbytes=figures.nbytes, checks=figures.checks, failed=figures.failed,
-        error=outcome.error, made=made,
+        error=outcome.error, warnings=outcome.warnings, made=made,
     )  # fmt: skip
 
 

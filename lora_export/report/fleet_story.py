@@ -106,6 +106,10 @@ def _absent(joined: Sequence[str]) -> list[str]:
     return [shard for at in range(int(of)) if (shard := f"{at}/{of}") not in joined]
 
 
+def warned(row: FleetReportRow) -> str:
+    return count(len(row.warnings), "warning")
+
+
 def survival(row: FleetReportRow) -> str:
     return share(row.survival)
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from lora_export.contracts.fleet import FleetOptions, PlannedRow
 from lora_export.fleet.board import Board
+from lora_export.fleet.claims import Claims
 from lora_export.fleet.driver import drive, name_it
 from lora_export.fleet.engines.local import LocalEngine
+from lora_export.fleet.scratch import sweep
 from lora_export.fleet.stores import opened
 from lora_export.progress import Silent
 from tests.fleet import fakes
@@ -30,6 +32,9 @@ def rows(count: int) -> list[PlannedRow]:
 def main(root: str, scratch: str, count: str, timeout: str = "60") -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     store = opened(root)
+    sweep(Path(scratch))
+    with Claims(store):
+        pass
     there = store.records("objects")
     planned = [replace(p, state="skipped") if p.key in there else p for p in rows(int(count))]
     for row in planned:

@@ -272,7 +272,7 @@ def test_pages_hostile_names_stay_text(made: Made, place: FolderPlace, name: str
     error = {"found": name, "where": name, "tensor": name, "next": name}
     made = with_row(
         made, 0, plan={"row": row, "alone": name, "key": name}, name=name, key=name, state="refused", error=error,
-        report=name, place=name, stages={name: 1.0},
+        report=name, place=name, stages={name: 1.0}, warnings=(name,),
     )  # fmt: skip
     _, page, text, prom = written(made, place)
     assert page.tags.count("script") == 1 and page.tags.count("img") == 0

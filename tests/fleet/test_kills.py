@@ -96,7 +96,12 @@ def test_driver_killed_at_random_moments_goes_on(tmp_path: Path, number: signal.
             roots += 1
             root, scratch, log = (tmp_path / f"{what}{roots}" for what in ("root", "scratch", "log"))
         driver = driving.started(root, scratch, ROWS, log)
-        time.sleep(draw.uniform(0.2, LATEST))
+        if kills % 2:  # in the middle of rows, however long a start takes here
+            while not list(scratch.glob("*")) and driver.poll() is None:
+                time.sleep(0.02)
+            time.sleep(draw.uniform(0.0, 1.0))
+        else:
+            time.sleep(draw.uniform(0.2, LATEST))
         children = family(driver.pid)
         if driver.poll() is None:
             driver.send_signal(number)
@@ -114,7 +119,8 @@ def test_driver_killed_at_random_moments_goes_on(tmp_path: Path, number: signal.
 
 
 @pytest.mark.slow
-def test_workers_killed_at_random_moments_are_replaced(tmp_path: Path) -> None:
+def test_workers_killed_at_random_moments_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKES_SECONDS", "0.3")
     draw = random.Random(1)
     kills = fleets = 0
     states: Counter[str] = Counter()
@@ -123,7 +129,7 @@ def test_workers_killed_at_random_moments_are_replaced(tmp_path: Path) -> None:
         root, scratch, log = (tmp_path / f"{what}{fleets}" for what in ("root", "scratch", "log"))
         driver = driving.started(root, scratch, ROWS, log)
         while driver.poll() is None:
-            time.sleep(draw.uniform(0.0, 0.4))
+            time.sleep(draw.uniform(0.1, 0.8))
             if kills < KILLS and (workers := workers_of(driver.pid)):
                 draw.choice(workers).kill()
                 kills += 1

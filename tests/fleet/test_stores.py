@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_export.contracts import Record, StoredFile
 from lora_export.errors import InputError, LoraExportError, OutputError
 from lora_export.fleet import records
 from lora_export.fleet.records import decoded, encoded
@@ -188,8 +189,8 @@ def test_record_of_a_file_outside_its_folder_is_refused(name: str) -> None:
             decoded(encoded(records.finished(record("one"), {}, name)), "here")
 
 
-def disk_file() -> records.StoredFile:
-    return records.StoredFile(1, "0" * 64)
+def disk_file() -> StoredFile:
+    return StoredFile(1, "0" * 64)
 
 
 def test_record_of_another_version_is_refused() -> None:
@@ -266,6 +267,7 @@ def test_link_that_leads_out_of_the_root_is_refused(root: FolderStore, tmp_path:
         lambda: root.replace("objects/new", b""),
         lambda: root.publish(source, PLACE, record("one")),
         lambda: root.remove("objects/secret"),
+        lambda: root.records("objects"),
         lambda: root.read("linked"),
         lambda: root.measure("linked"),
     ):
@@ -273,6 +275,16 @@ def test_link_that_leads_out_of_the_root_is_refused(root: FolderStore, tmp_path:
             act()
     root.replace("linked", b"mine")  # the link itself is replaced
     assert (outside / "secret").read_text() == "secret" and [p.name for p in outside.iterdir()] == ["secret"]
+
+
+def test_record_behind_a_link_or_in_a_pipe_is_none(root: FolderStore, tmp_path: Path) -> None:
+    assert root.publish(made(tmp_path / "1", "one"), PLACE, record("one"))
+    (root.root / "objects/link").symlink_to(root.root / PLACE)
+    for name in ("a", "b"):
+        (root.root / "objects" / name).mkdir()
+    (root.root / "objects/a/record.json").symlink_to(root.root / PLACE / "record.json")
+    os.mkfifo(root.root / "objects/b/record.json")
+    assert list(root.records("objects")) == [KEY]
 
 
 def no_links(*_: object, **__: object) -> None:
@@ -443,7 +455,7 @@ def test_writers_killed_at_any_moment_leave_whole_objects_or_none(root: FolderSt
     assert sum(n.count("/") == 2 and n.endswith("record.json") for n in root.names("objects")) == 60
 
 
-def publishing(store: FolderStore, source: Path, place: str, what: records.Record) -> int:
+def publishing(store: FolderStore, source: Path, place: str, what: Record) -> int:
     pid = os.fork()
     if pid == 0:
         with contextlib.suppress(LoraExportError):
