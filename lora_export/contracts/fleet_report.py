@@ -14,10 +14,10 @@ FLEET_SCHEMA_VERSION: Literal[1] = 1
 class FleetReportRow:
     """One adapter: what was asked for, what became of it, and where that lies.
 
-    base: its name in the jobs file, "" where only a record is known; adapters: as given, without secrets; base_key:
-    of the preparation that it shares, "" where it stood alone, and `alone` says why; place: folder below the root;
-    report: the page below the root; seconds, attempts, stages, memory_bytes: of the run that made it, which may be
-    an earlier one; made: when, in ISO 8601. Figures as in `RowFigures`.
+    base: its name in the jobs file, "" where only a record is known; adapters: Hub IDs, URLs without secrets, and
+    names of folders; base_key: of the preparation that it shares, "" where it stood alone, and `alone` says why;
+    place: folder below the root; report: the page below the root; seconds, attempts, stages, memory_bytes: of the
+    run that made it, which may be an earlier one; made: when, in ISO 8601. Figures as in `RowFigures`.
     """
 
     name: str
@@ -41,6 +41,7 @@ class FleetReportRow:
     checks: int = 0
     failed: int = 0
     error: Mapping[str, str | None] | None = None
+    warnings: tuple[str, ...] = ()
     made: str = ""
 
 
@@ -60,7 +61,7 @@ class FleetPreparation:
 
 @dataclass(frozen=True)
 class FleetReportBase:
-    """A base of the jobs file. model: as given, without secrets; totals: rows by state."""
+    """A base of the jobs file. model: as adapters of a row are named; totals: rows by state."""
 
     name: str
     model: str

@@ -20,6 +20,7 @@ from typing import TypeVar
 from lora_export.errors import LoraExportError
 from lora_export.fleet.stores.protocol import Store
 from lora_export.storage.documents import as_json, decode, parse_json
+from lora_export.storage.interrupts import Interrupts
 
 T = TypeVar("T")
 
@@ -61,6 +62,10 @@ class Claims:
 
     def __exit__(self, *error: object) -> None:
         """Give all back, and take away what dead drivers have left."""
+        with Interrupts():
+            self._close()
+
+    def _close(self) -> None:
         self._ended.set()
         if self._thread is not None:
             self._thread.join()

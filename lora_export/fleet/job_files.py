@@ -5,7 +5,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from lora_export.errors import InputError, plain
@@ -28,18 +28,22 @@ class Place:
     line: int | None = None
     lines: Sequence[str] = ()
 
+    def at(self, key: str) -> int:
+        """The line of a key, as far as it can be told; 0 if it cannot."""
+        if self.line is None or not key or not self.lines:
+            return self.line or 0
+        spelled = re.compile(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.]")
+        for number, text in enumerate(self.lines[self.line :], self.line + 1):
+            if spelled.match(text):
+                return number
+            if text.lstrip()[:1] == "[":
+                break
+        return self.line
+
     def words(self, key: str = "") -> str:
-        """Such as "jobs.toml, line 12, [[adapter]] 3: precision"."""
-        at = self.line
-        if self.line is not None and key:
-            spelled = re.compile(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.]")
-            inside = self.lines[self.line :]
-            found = (n for n, text in enumerate(inside, self.line + 1) if spelled.match(text))
-            until = next((n for n, text in enumerate(inside, self.line + 1) if text.lstrip()[:1] == "["), None)
-            named = next(found, None)
-            at = named if named is not None and (until is None or named < until) else at
-        parts = [self.file, *([f"line {at}"] if at else []), *([self.what] if self.what else [])]
-        return ", ".join(parts) + (f": {key}" if key else "")
+        """Such as "jobs.toml, line 12, [[adapter]] 3"."""
+        line = self.at(key)
+        return ", ".join([self.file, *([f"line {line}"] if line else []), *([self.what] if self.what else [])])
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +57,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong at one place."""
+    """What is wrong at one place. order: of the place in the file."""
 
     where: str
     found: str
     expected: str = ""
     next_step: str = ""
+    order: tuple[str, int] = ("", 0)
 
     def words(self) -> str:
         more = f"; expected: {self.expected}" if self.expected else ""
@@ -87,25 +92,31 @@ class JobsError(InputError):
         return {**super().as_json(), "error": InputError.__name__, "faults": every}  # type: ignore[dict-item]
 
 
-@dataclass
 class Faults:
-    """What is wrong in a file, gathered."""
+    """What is wrong in a file, gathered: once, where many rows have it from one place."""
 
-    path: Path
-    found: list[Fault] = field(default_factory=list)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._found: dict[tuple[str, str], Fault] = {}
+
+    def __len__(self) -> int:
+        return len(self._found)
 
     def add(self, place: Place, key: str, found: str, expected: str = "", next_step: str = "") -> None:
-        self.found.append(Fault(place.words(key), found, expected, next_step))
+        where = place.words(key)
+        fault = Fault(where, found, expected, next_step, (place.file, place.at(key)))
+        self._found.setdefault((where, found), fault)
 
     def refuse(self) -> None:
         """InputError if there are any: of the only one, or all of them."""
-        if len(self.found) == 1:
-            one = self.found[0]
+        faults = sorted(self._found.values(), key=lambda f: f.order)
+        if len(faults) == 1:
+            one = faults[0]
             raise InputError(
                 one.found, where=one.where, expected=one.expected or None, next_step=one.next_step or None
             )
-        if self.found:
-            raise JobsError(self.path, self.found)
+        if faults:
+            raise JobsError(self.path, faults)
 
 
 def read_text(path: Path, limit: int) -> str:
@@ -244,7 +255,7 @@ def _columns(row: Sequence[str], path: Path, faults: Faults) -> list[str]:
         faults.add(place, "", f"the first line is {columns[0]!r}", "columns with commas between them")
         faults.refuse()
     for name in sorted({c for c in columns if columns.count(c) > 1}):
-        faults.add(place, name, "two columns have this name", "a column a key")
+        faults.add(place, name, f"two columns are called {name}", "a column a key")
     if "" in columns:
         faults.add(place, "", f"column {columns.index('') + 1} has no name", "a key")
     return columns
@@ -277,7 +288,7 @@ def _json_rows(text: str, path: Path, faults: Faults) -> Iterator[Layer]:
             faults.add(place, "", f"the row is {value!r:.60}", "an object, {…}")
             continue
         for key in twice:
-            faults.add(place, key, "this key stands twice", "once")
+            faults.add(place, key, f"the key {key} stands twice", "once")
         yield Layer({k: v for k, v in value.items() if v is not None}, place, path.parent)
 
 

@@ -76,7 +76,7 @@ def read_jobs(path: Path, options: Collection[str], faults: Faults) -> list[Job]
         raise InputError(
             f"a jobs file that ends in {ending or 'nothing'}", where=path, expected=".toml, .csv or .jsonl"
         )
-    if not jobs and not faults.found:
+    if not jobs and not len(faults):
         raise InputError("the jobs file has no row", where=path, expected="[[adapter]], or a row for each adapter")
     _refuse_same_names(jobs, faults)
     return jobs
@@ -101,6 +101,7 @@ class _Reader:
 
     def __post_init__(self) -> None:
         self._known: dict[tuple[str, ...], bool] = {}  # keys of tables were checked before
+        self._unknown: dict[tuple[str, str], Place] = {}
         self._labels: dict[str, str] = {}  # label of a base that has no name → its model
 
     # --- rows ------------------------------------------------------------------------------------------------
@@ -155,10 +156,10 @@ class _Reader:
         self, name: object, adapters: tuple[str, ...], layers: tuple[Layer, ...], place: Place
     ) -> Iterator[Job]:
         base = self._base(layers, place)
-        named = _name_of(adapters) if name is None else name
+        named = _name_of(adapters) if name is None else str(name) if type(name) is int else name
         if not _is_name(named):
             expected = "a plain name for files, at most 200 bytes: no slash, backslash, colon or leading dot"
-            found = f"{named!r} cannot be the name of a row"
+            found = f"name = {named!r} cannot be the name of a row"
             self.faults.add(place, "name", found, expected, "" if name is not None else "give the row a name")
             return
         if base is not None:
@@ -258,8 +259,12 @@ class _Reader:
 
         try:
             items = get_collection(slug).items
-        except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-            told = f"the Hub gives no collection {slug!r}: {str(error).splitlines()[0]}"
+        except OfflineModeIsEnabled:
+            told = f"collection = {slug!r}, which only the Hub knows, and HF_HUB_OFFLINE is set"
+            self.faults.add(layer.place, "collection", told, "a network, or the adapters one by one")
+            return
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            told = f"the Hub gives no collection {slug!r}: {(str(error).splitlines() or ['?'])[0]}"
             expected = "the end of its address, such as owner/title-0123456789abcdef01234567, and a network"
             self.faults.add(layer.place, "collection", told, expected)
             return
@@ -278,10 +283,16 @@ class _Reader:
         unknown = [key for key in layer.values if key not in own and key not in self.options]
         self._known[*layer.values, "", *own] = not unknown
         for key in unknown:
-            known = sorted({*own, *self.options})
-            near = difflib.get_close_matches(key.replace("_", "-").lstrip("-"), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "the options of merge-and-export and package are keys"
-            self.faults.add(layer.place, key, "there is no such key", ", ".join(own), hint)
+            # Of many rows alike the first one is told.
+            place = self._unknown.setdefault((layer.place.file, key), layer.place)
+            if layer.place.lines:
+                place = layer.place
+            near = difflib.get_close_matches(key.replace("_", "-").lstrip("-"), {*own, *self.options}, n=1)
+            expected = (
+                "" if near else f"{', '.join(own)}, for, publish, or an option of merge-and-export or package"
+            )
+            hint = f"did you mean {near[0]}?" if near else ""
+            self.faults.add(place, key, f"there is no key {key}", expected, hint)
 
 
 def spelled(reference: str, folder: Path) -> str:

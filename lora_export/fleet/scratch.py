@@ -17,7 +17,7 @@ from pathlib import Path
 from lora_export.errors import LoraExportError, OutputError
 from lora_export.storage.disk import size_of
 
-_PREFIX = "lora-export-fleet-"
+PREFIX = "lora-export-fleet-"
 _NEW = 60  # seconds that a folder may be without its lock and its name
 SHARE = 0.9  # of what is free, where no limit is given
 
@@ -27,10 +27,10 @@ SHARE = 0.9  # of what is free, where no limit is given
 
 def claimed_folder(scratch: Path, name: str) -> Path:
     """A new folder, locked until this process ends. It gets its name when it is locked: nobody sees it before."""
-    hidden = scratch / f".{_PREFIX}{secrets.token_hex(16)}"
+    hidden = scratch / f".{PREFIX}{secrets.token_hex(16)}"
     hidden.mkdir(0o700)
     fcntl.flock(os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), fcntl.LOCK_EX)
-    return hidden.rename(scratch / f"{_PREFIX}{name}-{secrets.token_hex(4)}")
+    return hidden.rename(scratch / f"{PREFIX}{name}-{secrets.token_hex(4)}")
 
 
 def sweep(scratch: Path) -> int:
@@ -41,8 +41,8 @@ def sweep(scratch: Path) -> int:
 def _folders(scratch: Path) -> Iterator[Path]:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for entry in os.scandir(scratch):
-            hidden = entry.name.startswith("." + _PREFIX)
-            if not (hidden or entry.name.startswith(_PREFIX)) or not entry.is_dir(follow_symlinks=False):
+            hidden = entry.name.startswith("." + PREFIX)
+            if not (hidden or entry.name.startswith(PREFIX)) or not entry.is_dir(follow_symlinks=False):
                 continue
             with contextlib.suppress(FileNotFoundError):
                 if not hidden or time.time() - entry.stat(follow_symlinks=False).st_mtime > _NEW:
@@ -51,7 +51,7 @@ def _folders(scratch: Path) -> Iterator[Path]:
 
 def folders_of(scratch: Path, name: str) -> tuple[Path, ...]:
     """The folders of the workers that were given this name."""
-    return tuple(f for f in _folders(scratch) if f.name.startswith(f"{_PREFIX}{name}-"))
+    return tuple(f for f in _folders(scratch) if f.name.startswith(f"{PREFIX}{name}-"))
 
 
 def _removed_if_dead(folder: Path) -> bool:

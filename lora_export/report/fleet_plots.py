@@ -12,6 +12,9 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 460.0, 150.0, 34.0, 24.0, 8.0
 _BINS = 30
 _WIDE = 30.0  # times between the smallest and the largest figure, from where the axis is logarithmic
 
+_NARROW = 0.02  # of the largest figure: no axis is shorter, whose ticks would all read alike
+_FEWEST = 5  # figures that have a distribution
+
 
 @dataclass(frozen=True)
 class Point:
@@ -51,10 +54,10 @@ class _Axis:
 
 def histogram(points: Sequence[Point], label: str, words: Callable[[float], str]) -> str | None:
     """How many rows have which figure; rows that are not there in another colour, a line at the median. None for
-    less than two figures that can be drawn. words: a figure as text.
+    less than five figures that can be drawn. words: a figure as text.
     """
     known = [(v, p.bad) for p in points if (v := drawable(p.value)) is not None]
-    if len(known) < 2:
+    if len(known) < _FEWEST:
         return None
     axis = _axis([v for v, _ in known])
     counts = [[0, 0] for _ in range(_BINS)]
@@ -80,10 +83,9 @@ def _axis(values: Sequence[float]) -> _Axis:
     if positive and low >= 0 and high > _WIDE * (smallest := min(positive)):
         # Zeros stand at the left end.
         return _Axis(smallest, high, True)
-    if low == high:
-        around = abs(low) * 0.01 or 1.0
-        return _Axis(low - around, high + around, False)
-    return _Axis(low, high, False)
+    narrowest = _NARROW * max(abs(low), abs(high)) or 1.0
+    around = max(0.0, narrowest - (high - low)) / 2
+    return _Axis(low - around, high + around, False)
 
 
 def _x(share: float) -> float:

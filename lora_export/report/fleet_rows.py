@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import PurePath
 from typing import Protocol
 
 from lora_export.contracts.fleet import KEPT, STATES, FleetResult, PlannedRow, Record, RowOutcome
@@ -53,7 +54,7 @@ def of_run(
     old = {row.name: row for row in before.rows} if before is not None else {}
     rows = [_row(outcome, plans[outcome.name], old.get(outcome.name), created) for outcome in result.rows]
     rows = _with_records(rows, store)
-    models = {p.row.base: without_secrets(p.row.model) for p in plans.values()}
+    models = {p.row.base: named(p.row.model) for p in plans.values()}
     return with_changes(
         FleetReport(
             schema_version=FLEET_SCHEMA_VERSION,
@@ -79,10 +80,16 @@ def _row(outcome: RowOutcome, plan: PlannedRow, was: FleetReportRow | None, crea
     else:
         row = from_outcome(outcome, "" if stands else created)
     return replace(
-        row, base=plan.row.base, adapters=tuple(without_secrets(a) for a in plan.row.adapters), key=key,
+        row, base=plan.row.base, adapters=tuple(map(named, plan.row.adapters)), key=key,
         base_key=plan.base_key or row.base_key, alone=plan.alone or row.alone,
         error=plan.error or outcome.error or row.error,
     )  # fmt: skip
+
+
+def named(given: str) -> str:
+    """An adapter or a base as documents name it: a URL without secrets, a Hub ID, or a folder without its
+    path, which is of one machine."""
+    return without_secrets(given) if "://" in given or not given.startswith(("/", "~")) else PurePath(given).name
 
 
 def from_outcome(outcome: RowOutcome, made: str) -> FleetReportRow:
@@ -93,7 +100,7 @@ def from_outcome(outcome: RowOutcome, made: str) -> FleetReportRow:
         report=outcome.report, seconds=outcome.seconds, attempts=outcome.attempts, stages=outcome.stages,
         memory_bytes=outcome.memory_bytes, survival=figures.survival, delta_survival=figures.delta_survival,
         kl=figures.kl, ratio=figures.ratio, nbytes=figures.nbytes, checks=figures.checks, failed=figures.failed,
-        error=outcome.error, made=made,
+        error=outcome.error, warnings=outcome.warnings, made=made,
     )  # fmt: skip
 
 
@@ -116,6 +123,9 @@ def _with_records(rows: Sequence[FleetReportRow], store: Place) -> list[FleetRep
 def of_record(record: Record, row: FleetReportRow) -> FleetReportRow:
     """The row with what a record says; which name it is, and what it was asked for, the record does not know."""
     made = from_outcome(record.outcome, record.created)
+    if record.at:  # of a store without renames: which attempt counts, its record alone knows
+        place = f"{made.place}/{record.at}"
+        made = replace(made, place=place, report=made.report.replace(made.place, place, 1))
     return replace(
         made, name=row.name, base=row.base, adapters=row.adapters, key=record.key,
         state=row.state if settled(row.state) == made.state else made.state,

@@ -63,7 +63,7 @@ def verdict(report: FleetReport) -> tuple[str, Tone]:
 def headline(report: FleetReport) -> list[str]:
     said = [f"{report.totals[state]:,} {WORDS[state]}" for state in STATES if report.totals.get(state)]
     sentences = [f"{', '.join(said)}." if said else "Nothing was asked for."]
-    sentences.append(f"The run took {duration(report.seconds)}.")
+    sentences += [f"The run took {duration(report.seconds)}."] if report.seconds else []
     if lowest := worst_survival(report.rows)[:1]:
         sentences.append(
             f"Least of an adapter's effect that is kept: {share(lowest[0].survival)} ({lowest[0].name})."
@@ -104,6 +104,10 @@ def _absent(joined: Sequence[str]) -> list[str]:
         return []
     of = joined[0].partition("/")[2]
     return [shard for at in range(int(of)) if (shard := f"{at}/{of}") not in joined]
+
+
+def warned(row: FleetReportRow) -> str:
+    return count(len(row.warnings), "warning")
 
 
 def survival(row: FleetReportRow) -> str:

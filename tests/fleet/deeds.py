@@ -8,6 +8,8 @@ from lora_export.contracts.fleet import FleetRow, PlannedRow, Record, RowOutcome
 from lora_export.fleet.stores.protocol import opened
 from lora_export.version import __version__
 
+PARTS = 5  # files of an object
+
 
 def task(name: str, scratch: Path, root: Path | str = "", base_key: str = "") -> Task:
     planned = PlannedRow(FleetRow(name, "tiny", "tiny", ("adapter",)), f"key-of-{name}", base_key)
@@ -36,7 +38,7 @@ def write(given: Task) -> RowOutcome:
         return RowOutcome(name, key, "skipped", place=place)
     attempt = f"{os.getpid()}-{time.monotonic_ns()}".encode()
     folder = given.scratch / "object"
-    for number in range(5):
+    for number in range(PARTS):
         (folder / f"part{number}").mkdir(parents=True)
         (folder / f"part{number}" / "bytes").write_bytes(attempt * 2000)
         time.sleep(0.02)

@@ -133,7 +133,7 @@ WAYS = {
     "refuse": refuse,
     "gate": gate,
     "once": once(lambda: os._exit(9)),
-    "short": lambda: time.sleep(0.05),
+    "short": lambda: time.sleep(float(os.environ.get("FAKES_SECONDS", "0.05"))),
     "odd": odd,
     "noise": noise,
 }

@@ -27,6 +27,7 @@ from lora_export.errors import LoraExportError, WorkerLost
 from lora_export.fleet.engines import workers
 from lora_export.fleet.engines.sentry import Sentry, end_tree
 from lora_export.fleet.scratch import emptied, folders_of, sweep
+from lora_export.storage.interrupts import Interrupts
 from lora_export.storage.workers import cores
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ class LocalEngine:
         count = count if most is None else max(1, min(count, most))
         self.threads = max(1, len(available) // count)
         token = secrets.token_hex(8)
-        self._sentry = Sentry()
+        self._sentry = Sentry(scratch)
         sweep(scratch)
         self._scratch = scratch
         self.slots: tuple[LocalSlot, ...] = tuple(
@@ -257,10 +258,11 @@ class LocalEngine:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for slot in self.slots:
-            slot.close()
-        self._sentry.close()
-        sweep(self._scratch)
+        with Interrupts():  # Ctrl-C waits for the second that this takes
+            for slot in self.slots:
+                slot.close()
+            self._sentry.close()
+            sweep(self._scratch)
 
 
 def usable_cores() -> tuple[int, ...]:

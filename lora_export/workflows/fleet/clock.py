@@ -15,10 +15,12 @@ _PEAK = "5"  # written to clear_refs: the high-water mark starts anew (proc(5))
 
 @dataclass
 class Clock:
-    """The progress of a task: it says nothing, and adds up the seconds of each stage by its first word."""
+    """The progress of a task: it keeps warnings for the driver, and adds up the seconds of each stage by its first
+    word."""
 
     started: float = field(default_factory=time.monotonic)
     stages: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     _stage: str = "start"
     _since: float = field(default_factory=time.monotonic)
 
@@ -28,7 +30,9 @@ class Clock:
 
     def detail(self, text: str) -> None: ...
 
-    def warn(self, text: str) -> None: ...
+    def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
 
     def advance(self, done: int, total: int) -> None: ...
 
@@ -48,6 +52,7 @@ class Clock:
             seconds=round(time.monotonic() - self.started, 3),
             stages={name: round(seconds, 3) for name, seconds in self.stages.items()},
             memory_bytes=peak(),
+            warnings=tuple(self.warnings),
             worker=f"{socket.gethostname()}, process {os.getpid()}",
         )
         return replace(made, **more)

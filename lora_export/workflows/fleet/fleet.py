@@ -10,8 +10,10 @@ from pathlib import Path
 from lora_export.contracts import FleetOptions, FleetResult, PlannedRow, Progress, RowOutcome
 from lora_export.errors import InputError
 from lora_export.fleet.board import Board, watched
+from lora_export.fleet.claims import Claims
 from lora_export.fleet.driver import drive, name_it
 from lora_export.fleet.engines import Engine
+from lora_export.fleet.scratch import sweep
 from lora_export.fleet.stores import Store, opened
 from lora_export.report.fleet_document import write
 from lora_export.workflows.fleet.options import read_rows
@@ -31,6 +33,8 @@ def fleet(jobs: Path, root: str, options: FleetOptions, progress: Progress) -> F
     if options.on not in ("local", "ray") and not options.on.startswith("ray://"):
         raise InputError(f"--on {options.on}", expected="local, ray, or ray://HOST:PORT")
     rows, store = read_rows(jobs), opened(root)
+    scratch = (options.scratch or Path(tempfile.gettempdir())).absolute()
+    _tidy(store, scratch)
     planned = plan(rows, store, options, progress)
     found = {p.row.name: known(p) for p in planned if p.state is not None}
     _name_all(store, [p for p in planned if p.state == "skipped"])
@@ -38,7 +42,6 @@ def fleet(jobs: Path, root: str, options: FleetOptions, progress: Progress) -> F
     bases: tuple[RowOutcome, ...] = ()
     to_do = [p for p in planned if p.state is None]
     if to_do:
-        scratch = (options.scratch or Path(tempfile.gettempdir())).absolute()
         scratch.mkdir(parents=True, exist_ok=True)
         with engine_for(options, root, scratch, to_do) as engine:
             board = Board(planned, progress, len(engine.slots))
@@ -71,6 +74,13 @@ def engine_for(options: FleetOptions, root: str, scratch: Path, to_do: Sequence[
     from lora_export.workflows.fleet.work import carry_out
 
     return RayEngine(options.on, carry_out, workers=options.workers, root=root)
+
+
+def _tidy(store: Store, scratch: Path) -> None:
+    """Remove what drivers and workers left that were killed."""
+    sweep(scratch)
+    with Claims(store):
+        pass
 
 
 def _name_all(store: Store, rows: Sequence[PlannedRow]) -> None:

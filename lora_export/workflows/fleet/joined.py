@@ -15,6 +15,7 @@ from lora_export.fleet import records
 from lora_export.fleet.stores.protocol import Store, opened
 from lora_export.report import fleet_document, fleet_rows
 from lora_export.version import __version__
+from lora_export.workflows.fleet.verifying import is_root
 
 _SHARD = re.compile(r"shards/(\d+)-of-(\d+)/fleet\.json")
 _GONE = {
@@ -23,14 +24,9 @@ _GONE = {
 }  # fmt: skip
 
 
-def is_fleet(root: str) -> bool:
-    """Whether a folder is the root of a fleet; a URL can be nothing else."""
-    if "://" in root:
-        return True
-    folder = Path(root)
-    return any(
-        (folder / name).exists() for name in (fleet_document.DOCUMENT, "shards", "objects", "failed", "names")
-    )
+def is_fleet(path: str) -> bool:
+    """Whether `report` of a path means a fleet: the root of one, or what shards have left of it."""
+    return is_root(path) or Path(path, "shards").is_dir()
 
 
 def report(root: str) -> FleetPages:
@@ -49,6 +45,21 @@ def report(root: str) -> FleetPages:
         document=f"{where}/{fleet_document.DOCUMENT}",
         totals=joined.totals,
     )
+
+
+def described(root: Path) -> dict[str, object]:
+    """What `inspect` says of a root, from its records; nothing is written. InputError as for `report`."""
+    found = join(opened(str(root)))
+    return {
+        "kind": "fleet",
+        "created": found.created,
+        "rows": len(found.rows),
+        **{state: n for state, n in found.totals.items() if n},
+        "bases": {base.name or "unknown": sum(base.totals.values()) for base in found.bases},
+        "bytes": sum(row.nbytes or 0 for row in found.rows),
+        "shards": list(found.joined),
+        "written_by": found.tool_version,
+    }
 
 
 def join(store: Store) -> FleetReport:

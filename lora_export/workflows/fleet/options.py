@@ -19,6 +19,7 @@ from lora_export.registered import target_names
 
 _KEEPS: tuple[str, ...] = get_args(Keep)
 FOR, PUBLISH = "for", "publish"
+WITH = "for = RUNTIME with it"
 # Options of the two commands that a row cannot have, and what is said of them.
 REFUSED: Mapping[str, str] = {
     "force": "an object of a fleet is never replaced: an input or an option that changes makes another one",
@@ -72,9 +73,9 @@ class _Conversion:
         settings = effective(job)
         sign = tuple((key, repr(value), layer.folder) for key, (value, layer) in settings.items())
         if sign not in self._made:
-            before = len(self.faults.found)
+            before = len(self.faults)
             made = self._options(settings, job)
-            if len(self.faults.found) == before:
+            if len(self.faults) == before:
                 self._made[sign] = made
         else:
             made = self._made[sign]
@@ -89,7 +90,7 @@ class _Conversion:
         given: dict[str, Any] = {}
         for key, (value, layer) in settings.items():
             if key in REFUSED:
-                self._fault(layer, key, f"{key} is no key of a row", REFUSED[key])
+                self.faults.add(layer.place, key, f"{key} is no key of a row", REFUSED[key])
             elif key in keys():
                 option = keys()[key]
                 given[str(option.name)] = self._value(key, value, layer)
@@ -100,7 +101,7 @@ class _Conversion:
             story = derive.build(StoryOptions, given)
             package = derive.build(PackageOptions, {k: v for k, v in given.items() if k not in _NOT_PACKAGE})
         except (InputError, TypeError, ValueError) as error:
-            if not self.faults.found:
+            if not len(self.faults):
                 self.faults.add(job.place, "", getattr(error, "found", str(error)))
             return StoryOptions(), PackageOptions(), target, "run"
         # With one of its own, validation of models is layer by layer only where that was asked for.
@@ -121,15 +122,15 @@ class _Conversion:
         try:
             return _located(option.type_cast_value(_CONTEXT, _as_typed(option, value)), layer.folder)
         except click.BadParameter as error:
-            self._fault(layer, key, f"{key} = {_spelled(value)}: {error.format_message()}", f"a value of --{key}")
+            self.faults.add(layer.place, key, f"{key} = {_spelled(value)}: {error.message}")
         except (TypeError, ValueError) as error:
-            self._fault(layer, key, f"{key} = {_spelled(value)}: {error}", f"a value of --{key}")
+            self.faults.add(layer.place, key, f"{key} = {_spelled(value)}: {error}", f"a value of --{key}")
         return None
 
     def _target(self, settings: Mapping[str, tuple[object, Layer]]) -> str | None:
         value, layer = settings.get(FOR, (None, None))
         if layer is not None and value not in target_names():
-            self._fault(layer, FOR, f"for = {_spelled(value)}", f"one of {', '.join(target_names())}")
+            self.faults.add(layer.place, FOR, f"for = {_spelled(value)}", f"one of {', '.join(target_names())}")
         return value if isinstance(value, str) else None
 
     def _keep(self, settings: Mapping[str, tuple[object, Layer]]) -> Keep | None:
@@ -137,9 +138,9 @@ class _Conversion:
         if layer is None:
             return None
         if value not in _KEEPS:
-            self._fault(layer, PUBLISH, f"publish = {_spelled(value)}", f"one of {', '.join(_KEEPS)}")
+            self.faults.add(layer.place, PUBLISH, f"publish = {_spelled(value)}", f"one of {', '.join(_KEEPS)}")
         elif value != "run" and FOR not in settings:
-            self._fault(layer, PUBLISH, f"publish = {_spelled(value)} without a runtime", "for = RUNTIME with it")
+            self.faults.add(layer.place, PUBLISH, f"publish = {_spelled(value)} without a runtime", WITH)
         return cast(Keep, value)
 
     def _check(
@@ -148,26 +149,24 @@ class _Conversion:
         """What does not go together."""
         value, layer = settings.get("keep", (None, None))
         if layer is not None and value in _KEEPS:
-            self._fault(
-                layer, "keep", f"keep = {value!r} names weights that are not quantized", f"publish = {value!r}"
+            self.faults.add(
+                layer.place,
+                "keep",
+                f"keep = {value!r} names weights that are not quantized",
+                f"publish = {value!r}",
             )
         value, layer = settings.get("provider", (None, None))
         if layer is not None and value == "auto":
             told = 'provider = "auto" would make bytes depend on the machine that takes the row'
-            self._fault(layer, "provider", told, '"cpu", which is the default here, or "cuda"')
+            self.faults.add(layer.place, "provider", told, '"cpu", which is the default here, or "cuda"')
         for key in sorted(_of_packages() & set(settings) if target is None and FOR not in settings else ()):
-            self._fault(settings[key][1], key, f"{key} without a runtime to package for", "for = RUNTIME with it")
+            self.faults.add(settings[key][1].place, key, f"{key} without a runtime to package for", WITH)
         try:
             derive.refuse_sizes(
                 given.get("sessions"), given.get("grid"), bool(given.get("batch") or given.get("prompt_length"))
             )
         except InputError as error:
             self.faults.add(job.place, "", error.found, error.expected or "")
-
-    def _fault(self, layer: Layer, key: str, found: str, expected: str) -> None:
-        fault = (layer.place.words(key), found)
-        if fault not in {(f.where, f.found) for f in self.faults.found[-200:]}:  # of all rows of a base once
-            self.faults.add(layer.place, key, found, expected)
 
 
 _CONTEXT = click.Context(click.Command(None))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lora_export.contracts.fleet import RowOutcome, Task
 from lora_export.errors import LoraExportError
+from lora_export.fleet.scratch import emptied
 from lora_export.fleet.stores.protocol import opened as opened_store
 from lora_export.workflows.fleet.clock import Clock, reset_peak
 
@@ -44,6 +45,8 @@ def carry_out(task: Task) -> RowOutcome:
         traceback.print_exc()
         return clock.outcome(task, "died", error=_told(error))
     finally:
+        for left in task.scratch.iterdir() if task.scratch.is_dir() else ():
+            emptied(left)
         _freed()
 
 
