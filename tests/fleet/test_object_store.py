@@ -6,7 +6,6 @@ import re
 import secrets
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -14,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from lora_export.api.arguments import SILENT
 from lora_export.errors import InputError, OutputError, RuntimeUnavailable
 from lora_export.fleet.stores import attempts, bucket, opened
 from lora_export.fleet.stores.bucket import Bucket, UnclearError, checked_url
 from lora_export.fleet.stores.inputs import localized
 from lora_export.fleet.stores.objects import ObjectStore
+from lora_export.workflows.fleet.verifying import verify_root
 from tests.fleet import s3, uploads
 from tests.fleet.roots import PLACE, SIZES, made, record, writer_of
 
@@ -587,4 +588,5 @@ def test_s3_uploads_killed_at_any_moment_leave_whole_objects_or_none(
             assert len(list(store.names(place))) == len(sizes) + 1
     told = f"{2 * turns} killed, {whole} objects whole, {leftover} with leftovers, {server.uploads()} parts left"
     assert 0 < whole < turns and leftover, told
-    warnings.warn(told, stacklevel=1)
+    verified = verify_root(root, SILENT)
+    assert verified.verified and verified.checks[0].note.startswith(f"{turns} objects")
