@@ -74,8 +74,8 @@ class Validation:
 @dataclass(frozen=True)
 class Models:
     """reference: PEFT's unmerged model; dtypes: stored types of the merged parameters; keep: bytes that each
-    streamed model may keep in memory, None for models in memory; merged: in fp32, None before it is loaded, after it
-    is not needed, and where only graphs are compared."""
+    streamed model may keep in memory, None for models in memory; merged: in fp32, None before it is loaded, when it
+    is needed no more, and where only graphs are compared."""
 
     reference: Unmerged
     dtypes: Mapping[str, Any]
