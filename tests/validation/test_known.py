@@ -20,7 +20,8 @@ from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent
 from lora_export.validation import validate
 from lora_export.validation.comparing import decoder
-from lora_export.validation.known import Answers, KnownBase, digest
+from lora_export.validation.known import Answers, KnownBase
+from lora_export.validation.prints import digest
 from tests.builders import edit_tensors, lora, save_adapter
 from tests.daily import daily
 from tests.onnx_export.architectures import DYNAMO, GENAI, save
