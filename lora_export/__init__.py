@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         merge_and_export,
         package,
         plan,
+        plan_fleet,
         switch,
         truncate,
         understand,
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
         verify,
     )
 
-# All functions of api but `report`, which would have the name of a room: `from lora_export.api import report`.
+# All functions of api but `report` and `fleet`, which have the names of rooms: from lora_export.api import fleet.
 __all__ = [
     "__version__", "benchmark", "combine", "env", "export", "extract", "inspect", "merge", "merge_and_export",
-    "package", "plan", "switch", "truncate", "understand", "validate", "verify",
+    "package", "plan", "plan_fleet", "switch", "truncate", "understand", "validate", "verify",
 ]  # fmt: skip
 
 

@@ -111,6 +111,14 @@ class RuntimeUnavailable(LoraExportError):
     """
 
 
+class WorkerLost(LoraExportError):
+    """A process of a fleet that died or took too long, with the row that it was doing.
+
+    Cause: not enough memory, a crash in a library, a row that takes longer than `--timeout`, somebody's kill.
+    Cure: run the same command again, which does what is missing, with fewer `--workers` or a longer `--timeout`.
+    """
+
+
 class GateFailed(LoraExportError):
     """The result was made but failed its checks (exit code 3).
 

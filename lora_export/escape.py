@@ -28,3 +28,12 @@ def markdown(value: Any) -> str:
     text = one_line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*_\[\]#|~])", r"\\\1", text)
     return text.replace("@", "&#64;").replace("://", "&#58;//")
+
+
+def without_secrets(text: str) -> str:
+    """A path, Hub ID or URL without the user, password and query of a URL, which may hold keys."""
+    scheme, found, rest = text.partition("://")
+    if not found:
+        return text
+    host, slash, path = rest.partition("?")[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"

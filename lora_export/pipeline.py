@@ -2,15 +2,16 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_export import manifest
 from lora_export.allowed import check_adapter_folder
 from lora_export.checkpoint.pipeline import is_pipeline
 from lora_export.contracts import (
     AdapterChoice,
-    BenchmarkArm,
     BudgetSearch,
     Progress,
     Source,
@@ -27,33 +28,48 @@ from lora_export.workflows.bare_base import without_adapter
 from lora_export.workflows.budget import Models, Pair, searches, with_budget, within_budget
 from lora_export.workflows.exporting import knowing_touched
 from lora_export.workflows.held_out import asked_calibrations, refuse_calibrated, refuse_other_calibration
-from lora_export.workflows.latency import benchmark, extra_arms, refuse_extra, refuse_slower
+from lora_export.workflows.latency import measure_run, refuse_extra, refuse_slower
 from lora_export.workflows.pipelines.story import plan_story, tell_pipeline
-from lora_export.workflows.run_graphs import export_as, export_merged, export_unmerged, like_earlier, merge_into
+from lora_export.workflows.run_graphs import control_of, export_as, export_merged, like_earlier, merge_into
 from lora_export.workflows.run_report import write_report
+from lora_export.workflows.shared_base import SharedBase, measured_before, stand_in_once, why_not_shared
 from lora_export.workflows.trained_base import modules_from, prepared_base, stand_in
 from lora_export.workflows.validating import pair_of
 
+if TYPE_CHECKING:
+    from lora_export.merging import MergePlan
+
 
 def merge_and_export(
-    base: Source, adapters: Sequence[AdapterChoice], output: Path, options: StoryOptions, progress: Progress
+    base: Source,
+    adapters: Sequence[AdapterChoice],
+    output: Path,
+    options: StoryOptions,
+    progress: Progress,
+    shared: SharedBase | None = None,
 ) -> Story:
-    """Merge, export, validate, benchmark, report. A gate that fails leaves everything in `output.failed`."""
-    options, images = _with_provider(options), is_pipeline(base.folder)
+    """Merge, export, validate, benchmark, report. A gate that fails leaves everything in `output.failed`.
+
+    shared: what was made of the base before, and is taken where the merged model has the base's graph.
+    """
+    options, images = with_provider(options), is_pipeline(base.folder)
     options = options if images else with_budget(options, base.folder)
     earlier = options.export.graph_from
     inputs = [base.folder, *(a.folder for a in adapters), *([earlier] if earlier else [])]
-    planned = plan_story(base, adapters, output, options) if images else None
-    if planned is None:
-        _preflight(base, adapters, output, options)
+    pictures = plan_story(base, adapters, output, options) if images else None
+    planned = None if images else _preflight(base, adapters, output, options, alone=shared is None)
     with output_folder(output, options.force, inputs=inputs) as stage:
         work = stage / ".work"
         work.mkdir()
-        if planned is not None:
-            story = tell_pipeline(planned, stage, work, options, progress)
+        if planned is None:
+            assert pictures is not None
+            story = tell_pipeline(pictures, stage, work, options, progress)
         else:
             known = knowing_touched(options.export, base.folder, adapters, options.merge)
-            story = _run(base, adapters, stage, work, replace(options, export=known), progress)
+            told = Told(
+                base, adapters, planned, replace(options, export=known), _shareable(shared, planned, progress)
+            )
+            story = _run(told, stage, work, progress)
         shutil.rmtree(work)
         story = _relocated(story, stage, output)
         write_report(story, stage, base, adapters, options)
@@ -62,7 +78,25 @@ def merge_and_export(
     return story
 
 
-def _with_provider(options: StoryOptions) -> StoryOptions:
+@dataclass(frozen=True)
+class Told:
+    """What a run is told: its inputs, the plan of its merge, its options, and the base where it shares one."""
+
+    base: Source
+    adapters: Sequence[AdapterChoice]
+    planned: "MergePlan"
+    options: StoryOptions
+    shared: SharedBase | None
+
+
+def _shareable(shared: SharedBase | None, planned: "MergePlan", progress: Progress) -> SharedBase | None:
+    reason = why_not_shared(planned) if shared is not None else ""
+    if reason:
+        progress.detail(f"a base of its own: {reason}")
+    return None if reason else shared
+
+
+def with_provider(options: StoryOptions) -> StoryOptions:
     """With the provider that really runs a model here in all stages, and the precision of an earlier export."""
     from lora_export.runtime import resolve_provider
 
@@ -71,41 +105,33 @@ def _with_provider(options: StoryOptions) -> StoryOptions:
     return replace(options, export=like_earlier(export), validation=validation)
 
 
-def _run(
-    base: Source,
-    adapters: Sequence[AdapterChoice],
-    stage: Path,
-    work: Path,
-    options: StoryOptions,
-    progress: Progress,
-) -> Story:
-    from lora_export.merging import merge, written_source
+def _run(told: Told, stage: Path, work: Path, progress: Progress) -> Story:
+    from lora_export.merging import merge_planned, written_source
     from lora_export.validation import validate
-    from lora_export.validation.reference.foreign import as_peft
     from lora_export.validation.run import seeded
 
     # merge, and export with the graph of the base
-    options = replace(options, validation=seeded(options.validation))
+    base, adapters, shared = told.base, told.adapters, told.shared
+    options = replace(told.options, validation=seeded(told.options.validation))
     folder = stage / "merged" if options.merged_folder else work / "outline"
-    merged = merge(base.folder, adapters, folder, options.merge, progress) if options.merged_folder else None
+    merged = merge_planned(told.planned, folder, progress, force=False) if options.merged_folder else None
     alone = without_adapter(base.folder, work)
-    trained_on = prepared_base(alone, adapters, options.merge, work, progress)
+    trained_on = cache(partial(prepared_base, alone, adapters, options.merge, work, progress))
     source = written_source(merged) if merged is not None else None
-    base_onnx = export_as(
-        trained_on, work / "base", options.export, progress, "the base, to compare with", calibrated_on=source
-    )
+    base_onnx = shared.export if shared is not None else None
+    if base_onnx is None:
+        where, what = work / "base", "the base, to compare with"
+        base_onnx = export_as(trained_on(), where, options.export, progress, what, calibrated_on=source)
     if merged is not None:
         exported = export_merged(base_onnx, folder, stage / "onnx", options.export, progress, source)
     else:
         merged, exported = merge_into(base_onnx, base.folder, adapters, folder, stage, options, progress)
-    dequantized = stand_in(alone, folder, options.merge, options.validation.max_memory, work, progress)
-    models, first = Models(trained_on, folder, source, work, stage / "onnx"), Pair(base_onnx, exported)
-    pair, budget = _within_budget(models, first, base, alone, adapters, dequantized, options, progress)
-    readable = as_peft(alone, adapters, work)
-    unmerged_onnx, why_not = export_unmerged(
-        trained_on, readable, work, options.export, pair.merged, progress, combined=options.merge.combine != "none"
-    )
-    story = Story(stage, merged, export=pair.merged, budget=budget)
+    asked = alone, folder, options.merge, options.validation.max_memory
+    dequantized = stand_in(*asked, work, progress) if shared is None else stand_in_once(shared, *asked, progress)
+    pair, budget = Pair(base_onnx, exported), None
+    if searches(options, base.folder):
+        models = Models(trained_on(), folder, source, work, stage / "onnx")
+        pair, budget = _within_budget(models, pair, base, alone, adapters, dequantized, options, progress)
 
     # prove
     checked = validate(
@@ -116,20 +142,19 @@ def _run(
         dequantized=dequantized,
         graphs_alone=not options.merged_folder,
         options=options.validation,
+        known=shared.known if shared is not None else None,
         progress=progress,
     )
+    story = Story(stage, merged, validate=checked, export=pair.merged, budget=budget)
     if not checked.passed:
-        return replace(story, validate=checked)
+        return story
 
-    # measure
-    arms = [BenchmarkArm("base", pair.base.paths), BenchmarkArm("merged", pair.merged.paths)]
-    if unmerged_onnx:
-        arms.append(BenchmarkArm("unmerged", unmerged_onnx.paths))
-    graph = unmerged_onnx.model if unmerged_onnx else None
-    extra, without = extra_arms(options.extra_arms, graph, trained_on, readable, progress)
-    measured = benchmark([*arms, *extra], replace(options.benchmark, provider=options.export.provider), progress)
-    notes = (*measured.notes, *why_not, *without)
-    return replace(story, validate=checked, benchmark=replace(measured, notes=notes))
+    # measure, unless the same graph was
+    measured = measured_before(shared, pair.merged) if shared is not None else None
+    if measured is None:
+        control = control_of(trained_on(), alone, adapters, work, options, pair.merged, progress)
+        measured = measure_run(pair.base, pair.merged, control, options, progress)
+    return replace(story, benchmark=measured)
 
 
 def _within_budget(
@@ -141,20 +166,20 @@ def _within_budget(
     dequantized: Path | None,
     options: StoryOptions,
     progress: Progress,
-) -> tuple[Pair, BudgetSearch | None]:
-    """`first`, or exports with more bits where the run asks for a share or a size."""
+) -> tuple[Pair, BudgetSearch]:
+    """`first`, or exports with more bits, as the share or size that the run asks for takes."""
     from lora_export.merging import begin_stream, plan
 
-    if not searches(options, base.folder):
-        return first, None
     if models.source is None:
         numbers = begin_stream(plan(base.folder, adapters, options.merge), models.work / "numbers", Silent())
         models = replace(models, source=numbers)
     return within_budget(models, first, alone, adapters, dequantized, options, progress)
 
 
-def _preflight(base: Source, adapters: Sequence[AdapterChoice], output: Path, options: StoryOptions) -> None:
-    """Refuse everything that headers and config.json show, before minutes of work."""
+def _preflight(
+    base: Source, adapters: Sequence[AdapterChoice], output: Path, options: StoryOptions, *, alone: bool
+) -> "MergePlan":
+    """The plan of the merge. Refuse everything that headers and config.json show, before minutes of work."""
     from lora_export.merging import plan
     from lora_export.onnx_export import check_request
     from lora_export.onnx_export.embedders import as_exported
@@ -173,10 +198,12 @@ def _preflight(base: Source, adapters: Sequence[AdapterChoice], output: Path, op
     config = as_exported(config, modules_from(base.folder, adapters))
     check_request(config, export.precision, export.provider, export.engine, export.quantization)
     refuse_extra(options.extra_arms, adapters, export.precision, options.merge.combine)
-    # merged, and the graphs of merged, base and unmerged, and perhaps the dequantized base; fp32 at most
+    # merged, and the graphs of merged, base and unmerged, and perhaps the dequantized base; fp32 at most. With a
+    # shared base the graph of merged alone.
     widest = max(planned.nbytes, planned.nbytes * 4 // {"float16": 2, "bfloat16": 2}.get(planned.dtype, 4))
     folders = 2 if options.merged_folder else 1
-    check_space(output.absolute().parent, planned.nbytes * folders + widest * 3)
+    check_space(output.absolute().parent, planned.nbytes * folders + widest * (3 if alone else 1))
+    return planned
 
 
 def _relocated(story: Story, stage: Path, output: Path) -> Story:

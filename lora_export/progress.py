@@ -1,12 +1,16 @@
 """Progress on stderr: a live bar on a terminal, plain lines elsewhere, nothing when asked to be quiet."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from lora_export.escape import shown
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType as RichRenderable
+    from rich.live import Live as RichLive
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
@@ -30,6 +34,7 @@ class Console:
         self.verbosity = verbosity
         self._live = sys.stderr.isatty() and verbosity >= 0
         self._bar: RichProgress | None = None
+        self._live_table: RichLive | None = None
         self._task: TaskID | None = None
 
     def __enter__(self) -> "Console":
@@ -52,10 +57,35 @@ class Console:
             self._bar.stop()
             self._bar = None
 
+    @contextlib.contextmanager
+    def showing(self, table: "RichRenderable") -> Iterator[None]:
+        """Show something that changes below what is said, in place of the bar; nothing where there is no bar."""
+        if self._bar is None:
+            yield
+            return
+        from rich.live import Live
+
+        bar, self._bar = self._bar, None
+        if self._task is not None:
+            bar.remove_task(self._task)  # its stage is over
+            self._task = None
+        bar.stop()
+        try:
+            with Live(
+                console=bar.console, get_renderable=lambda: table, refresh_per_second=2, transient=True
+            ) as live:
+                self._live_table = live
+                yield
+        finally:
+            self._live_table = None
+            self._bar = bar
+            bar.start()
+
     def _say(self, text: str) -> None:
         text = shown(text)
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
+        shown_by = self._bar or self._live_table
+        if shown_by is not None:
+            shown_by.console.print(text, markup=False, highlight=False)
         else:
             sys.stderr.write(text + "\n")
             sys.stderr.flush()

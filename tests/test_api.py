@@ -19,6 +19,7 @@ from lora_export.contracts import (
     AdapterChoice,
     BenchmarkOptions,
     ExportOptions,
+    FleetOptions,
     MergeOptions,
     PackageOptions,
     RankOptions,
@@ -80,6 +81,7 @@ CALLS: dict[str, tuple[str, str, dict[str, Any]]] = {
                   {"merged": Path("M"), "output": Path("O"), "options": BenchmarkOptions()}),
     "package": ("R --for genai -o O", "package",
                 {"run": Path("R"), "target": "genai", "output": Path("O"), "options": PackageOptions()}),
+    "fleet": ("J -o R", "fleet", {"jobs": Path("J"), "root": "R", "options": FleetOptions()}),
     "switch": ("-m M --from A --to B", "switch",
                {"model": Path("M"), "before": ("A",), "after": ("B",), "options": MergeOptions()}),
     "combine": ("-a A -o O", "combine", {"adapters": ("A",), "output": Path("O"), "rank": RankOptions(),
@@ -89,8 +91,8 @@ CALLS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "truncate": ("-a A -o O", "truncate", {"adapter": "A", "output": Path("O"), "rank": RankOptions()}),
     "inspect": ("P", "inspect", {"path": "P"}),
     "inspect -a": ("-a A", "understand", {"adapter": "A"}),
-    "report": ("R", "report", {"run": Path("R")}),
-    "verify": ("P", "verify", {"path": Path("P"), "options": VerifyOptions()}),
+    "report": ("R", "report", {"run": "R"}),  # a path would take the second slash of a URL
+    "verify": ("P", "verify", {"path": "P", "options": VerifyOptions()}),
     "env": ("", "env", {}),
 }  # fmt: skip
 

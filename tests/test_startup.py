@@ -18,6 +18,7 @@ COMMANDS = [
     "export",
     "benchmark",
     "package",
+    "fleet",
     "switch",
     "combine",
     "extract",

@@ -1,5 +1,5 @@
 """The generated pages of docs/reference: commands from click, JSON fields from dataclasses, errors from errors.py,
-and report.schema.json from what the reader of a report asks of it.
+and report.schema.json and fleet.schema.json from what the readers of these documents ask of them.
 
 python tools/reference.py            # write them again
 python tools/reference.py --check    # exit code 1 if one is out of date
@@ -36,12 +36,13 @@ DOCUMENTS = {
     "package": contracts.PackageResult,
     "verify": contracts.Verification,
     "merge-and-export": contracts.Story,
+    "fleet": contracts.FleetResult,
 }
 PARTS = (
     contracts.TensorRecord, contracts.Check, contracts.Continuation, contracts.Perplexity, contracts.Deviation,
     contracts.AdapterSurvival, contracts.BaseComparison, contracts.GraphComparison, contracts.Cell,
     contracts.ArmTimes, contracts.Percentile, contracts.Environment, contracts.Gpu, contracts.Finding,
-    contracts.BaseCheck, contracts.Interference,
+    contracts.BaseCheck, contracts.Interference, contracts.RowOutcome, contracts.RowFigures,
 )  # fmt: skip
 
 
@@ -92,19 +93,23 @@ def _kind(annotation: Any) -> str:
         text = str(annotation)
     for name in ("lora_export.contracts.", "typing.", "collections.abc.", "pathlib."):
         text = text.replace(name, "")
-    text = re.sub(r"\b(adapters|benchmark|export|figures|merging|packages|story|tensors|validation)\.", "", text)
+    text = re.sub(
+        r"\b(adapters|benchmark|export|figures|fleet|merging|packages|story|tensors|validation)\.", "", text
+    )
     text = re.sub(
         r"tuple\[([^\[\]]+|[^\[\]]*\[[^\[\]]*\]), \.\.\.\]", r"list[\1]", text.replace("verification.", "")
     )
-    return text.replace("Path", "str").replace("Figure", "float").replace("Mapping", "dict").replace("|", "\\|")
+    return (
+        re.sub(r"\bFigure\b", "float", text.replace("Path", "str")).replace("Mapping", "dict").replace("|", "\\|")
+    )
 
 
-# --- report.json ---------------------------------------------------------------------------------------------
+# --- documents -----------------------------------------------------------------------------------------------
 
 
-def report_schema() -> str:
-    """JSON Schema of report.json, from the types that its reader decodes."""
-    return json.dumps({"title": "report.json of lora-export"} | json_schema(contracts.Report), indent=1) + "\n"
+def schema(name: str, of: type) -> str:
+    """JSON Schema of a document, from the types that its reader decodes."""
+    return json.dumps({"title": f"{name} of lora-export"} | json_schema(of), indent=1) + "\n"
 
 
 # --- errors --------------------------------------------------------------------------------------------------
@@ -204,7 +209,8 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield PAGES / "commands.md", commands()
     yield PAGES / "json.md", json_fields()
     yield PAGES / "errors.md", error_page()
-    yield PAGES / "report.schema.json", report_schema()
+    yield PAGES / "report.schema.json", schema("report.json", contracts.Report)
+    yield PAGES / "fleet.schema.json", schema("fleet.json", contracts.FleetReport)
 
 
 def main() -> None:

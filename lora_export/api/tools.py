@@ -7,6 +7,7 @@ from lora_export.checkpoint.adapter_files import single_file
 from lora_export.checkpoint.pipeline import is_pipeline
 from lora_export.checkpoint.sources import Adapters, Model, adapter_choices, resolve
 from lora_export.contracts import (
+    FleetPages,
     MergeOptions,
     Progress,
     RankOptions,
@@ -169,7 +170,7 @@ def inspect(path: Model, base: Model | None = None) -> dict[str, Any]:
     """Say what a folder is and what a person would ask about it, from headers alone.
 
     Args:
-        path: A base, an adapter, an ONNX export, a run or a package.
+        path: A base, an adapter, an ONNX export, a run, a package, or the root of a fleet.
         base: For an adapter: the base to match it with, tensor by tensor.
 
     Returns:
@@ -215,22 +216,33 @@ def understand(
 
 def report(
     run: Folder, compare: Folder | None = None, output: Folder | None = None, *, force: bool = False
-) -> ReportPages:
-    """Write report.html and report.md of a run again from its report.json, or a comparison of two runs.
+) -> ReportPages | FleetPages:
+    """Write report.html and report.md of a run again from its report.json, or a comparison of two runs, or the
+    report of a fleet from its records.
 
     Args:
-        run: Folder of a run, or a folder with a report.json.
+        run: Folder of a run, or a folder with a report.json, or the root of a fleet (a folder or a URL).
         compare: Another run. Then `run` stays as it is, and the pages go into `output`.
         output: New folder for a comparison. None: RUN-vs-OTHER, next to the run.
         force: Replace an existing output.
 
     Returns:
-        The files written: `html` and `markdown`.
+        The files written: `html` and `markdown`; of a fleet also `metrics`, `document` and `totals`.
 
     Raises:
         InputError: There is no report, or it is damaged; or an output without a run to compare with.
     """
     from lora_export.workflows import run_report
+    from lora_export.workflows.fleet import joined
+
+    if joined.is_fleet(str(run)):
+        if compare is not None or output is not None:
+            raise InputError(
+                "a fleet, which is not compared with a run",
+                where=str(run),
+                next_step=f"lora-export report {run}; fleet.json says what changed since the run before",
+            )
+        return joined.report(str(run))
 
     if compare is not None:
         return run_report.compare(Path(run), Path(compare), Path(output) if output else None, force=force)
@@ -250,7 +262,8 @@ def verify(
     """Check again what an earlier merge, run or packaging left.
 
     Args:
-        path: A merged folder, the folder of a whole run, or a package (folder or archive).
+        path: A merged folder, the folder of a whole run, a package (folder or archive), or the root of a fleet
+            (a folder or a URL).
         base: The base that was merged into; without it (and for packages) only hashes can be checked.
         adapters: What was merged, with the same weights.
         options: How much of a merge is recomputed; the key, and the runtime, of a package.
@@ -265,7 +278,7 @@ def verify(
     from lora_export.workflows.verifying import verify as verify_path
 
     folder = resolve(base).folder if base else None
-    return verify_path(Path(path), folder, adapter_choices(adapters), options or VerifyOptions(), progress)
+    return verify_path(path, folder, adapter_choices(adapters), options or VerifyOptions(), progress)
 
 
 def env() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import click
 from click.core import ParameterSource
 
-from lora_export.choices import GRIDS
+from lora_export.choices import GRIDS, Grid
 from lora_export.commands import types
 from lora_export.commands.configuration import key_of, variables
 from lora_export.commands.talk import talking
@@ -240,20 +240,26 @@ def as_the_earlier(options: ExportOptions) -> ExportOptions:
 
 def check_benchmark() -> None:
     """InputError for a grid that was asked for beside sizes, or too few sets of sessions for a spread."""
+    given = click.get_current_context().params
+    grid = given["grid"] if asked("--grid") else None
+    refuse_sizes(given["sessions"], grid, bool(given["batch"] or given["prompt_length"]))
+
+
+def refuse_sizes(sessions: int | None, grid: Grid | None, sizes: bool) -> None:
+    """The same. None: not asked for; sizes: whether batch sizes or lengths were."""
     from lora_export.benchmarking.statistics import MIN_SESSIONS
 
-    given = click.get_current_context().params
-    if 1 < given["sessions"] < MIN_SESSIONS:
+    if 1 < (sessions or 1) < MIN_SESSIONS:
         raise InputError(
-            f"--sessions {given['sessions']}",
+            f"--sessions {sessions}",
             expected=f"1, or at least {MIN_SESSIONS}: fewer have no spread from which an interval could be taken",
             next_step=f"the same command with --sessions {2 * MIN_SESSIONS}",
         )
-    if (given["batch"] or given["prompt_length"]) and asked("--grid"):
+    if sizes and grid is not None:
         raise InputError(
             "--grid with --batch or --prompt-length",
             expected="one of them: a grid has both",
-            next_step=f"the same command without --grid, whose sizes are {GRIDS[given['grid']]}",
+            next_step=f"the same command without --grid, whose sizes are {GRIDS[grid]}",
         )
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "Export a model folder to ONNX: decoders for onnxruntime-genai, all others with Optimum's names.",
     "benchmark": "Measure base, merged and unmerged graphs in turn, and say whether merging costs latency.",
     "package": "Package RUN, a folder that merge-and-export left, so that a runtime loads it as it is.",
+    "fleet": "Merge, prove, export and package every adapter of JOBS, each once, on one machine or many.",
     "switch": "Put another adapter into a merged folder, or into its ONNX export, in place.",
     "combine": "Make one adapter of several, without a base.",
     "extract": "Take a LoRA out of a fully tuned model.",

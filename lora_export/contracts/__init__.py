@@ -29,6 +29,15 @@ from lora_export.contracts.fleet import (
     StoredFile,
     Task,
 )
+from lora_export.contracts.fleet_report import (
+    FleetChange,
+    FleetPages,
+    FleetPreparation,
+    FleetReport,
+    FleetReportBase,
+    FleetReportBefore,
+    FleetReportRow,
+)
 from lora_export.contracts.merging import (
     AdapterChoice,
     BaseCheck,
@@ -108,7 +117,14 @@ __all__ = [
     "ExportedPipeline",
     "Finding",
     "Findings",
+    "FleetChange",
     "FleetOptions",
+    "FleetPages",
+    "FleetPreparation",
+    "FleetReport",
+    "FleetReportBase",
+    "FleetReportBefore",
+    "FleetReportRow",
     "FleetResult",
     "FleetRow",
     "Gpu",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
+from lora_export.contracts.figures import Figure
 from lora_export.contracts.option import option
 from lora_export.contracts.options import StoryOptions
 from lora_export.contracts.tool_options import PackageOptions
@@ -78,9 +79,9 @@ class PlannedRow:
     """A row with what headers and hashes tell.
 
     key: of its object; base_key: of the base's preparation that it shares, "" where it stands alone, and `alone`
-    says why; nbytes: scratch that it needs at once; output_bytes: what it will write to the root, about; state: None for
-    one that is to be done, else skipped (its object exists) or a verdict that stands; error: of a refused row, as
-    `LoraExportError.as_json`.
+    says why; nbytes: scratch that it needs at once; output_bytes: what it will write to the root, about; state:
+    None for one that is to be done, else skipped (its object exists) or a verdict that stands; error: of a refused
+    row, as `LoraExportError.as_json`.
     """
 
     row: FleetRow
@@ -112,14 +113,14 @@ class RowFigures:
     """What the report of a fleet shows of a row; None where it was not measured.
 
     survival: least share of the adapter's effect that its exports keep; delta_survival: share of the change that
-    the merged weights keep; kl: largest mean KL(merged ‖ export) in nats; ratio: latency merged ÷ base of its graph;
-    nbytes: of the object; checks, failed: how many.
+    the merged weights keep; kl: largest mean KL(merged ‖ export) in nats; ratio: latency merged ÷ base of its
+    graph; nbytes: of the object; checks, failed: how many.
     """
 
-    survival: float | None = None
-    delta_survival: float | None = None
-    kl: float | None = None
-    ratio: float | None = None
+    survival: Figure | None = None
+    delta_survival: Figure | None = None
+    kl: Figure | None = None
+    ratio: Figure | None = None
     nbytes: int | None = None
     checks: int = 0
     failed: int = 0
@@ -127,8 +128,10 @@ class RowFigures:
 
 @dataclass(frozen=True)
 class RowOutcome:
-    """What became of a task. attempts: how often a worker took it up; stages: stage → seconds; memory_bytes: peak of
-    the worker; worker: which one, for people; report: the page, below the root; place: folder below the root."""
+    """What became of a task. attempts: how often a worker took it up; stages: stage → seconds; memory_bytes: peak
+    of the worker; worker: which one, for people; report: the page, below the root; place: folder below the root;
+    warnings: of its stages.
+    """
 
     name: str
     key: str
@@ -143,6 +146,7 @@ class RowOutcome:
     worker: str = ""
     place: str = ""
     report: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ class ValidationOptions:
     max_memory: int | None = option(
         None, "Memory for the weights that validation compares. Larger models are read layer by layer: the same "
         "checks, slower.", RESOURCES, flags=("--validation-memory",), unit="bytes", json="validation_memory",
-        default_text="--max-memory if given, otherwise what the machine has",
+        default_text="--max-memory if given, otherwise what the machine has", changes_result=False,
     )
     bases: CompareBases | None = switched(
         CompareBases, "--compare-bases", "For a QLoRA adapter: measure on the text the result of merging into the "

@@ -7,6 +7,7 @@ from lora_export.contracts.figures import NOT_IN_JSON
 from lora_export.errors import plain
 
 _RECOMPUTED = frozenset({"arithmetic", "runs"})  # checks that take base and adapters, or a runtime
+_OF_A_FLEET = frozenset({"objects", "bases", "failed"})
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Verification:
             good = "verified"
         elif "package_files" in names:
             good = "the package is as it was made" + " and signed" * ("signature" in names)
+        elif names & _OF_A_FLEET:
+            good = "every object is as its record says"
         left = "; ".join(text.partition(":")[0] for text in self.not_checked)
         return f"{good}; not checked: {left}" if left else good
 

@@ -1,5 +1,6 @@
 """The HTML page: one file, no script, nothing loaded from anywhere."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +39,7 @@ def rendered(template: str, **context: object) -> str:
     return _environment().get_template(template).render(css=_stylesheet(), **context).lstrip() + "\n"
 
 
+@functools.cache
 def _environment() -> "Environment":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

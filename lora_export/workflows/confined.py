@@ -103,8 +103,11 @@ import ctypes, json, os, sys
 limits, command = json.loads(sys.argv[1]), sys.argv[2:]
 notes = os.fdopen(limits["notes"], "w")
 NET, USER = 0x40000000, 0x10000000
+libc = ctypes.CDLL(None, use_errno=True)
+DEATH, KILL = 1, 9
+if hasattr(libc, "prctl"):
+    libc.prctl(DEATH, KILL, 0, 0, 0)  # it has a session of its own, which nobody ends if its starter is killed
 def alone():
-    libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(NET) == 0:
         return
     uid, gid = os.getuid(), os.getgid()

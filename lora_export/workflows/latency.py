@@ -7,11 +7,20 @@ from pathlib import Path
 
 from lora_export.allowed import check_model_folder
 from lora_export.choices import ExtraArm
-from lora_export.contracts import AdapterChoice, BenchmarkArm, BenchmarkOptions, BenchmarkResult, Progress
+from lora_export.contracts import (
+    AdapterChoice,
+    BenchmarkArm,
+    BenchmarkOptions,
+    BenchmarkResult,
+    ExportResult,
+    Progress,
+    StoryOptions,
+)
 from lora_export.errors import ExportError, GateFailed, InputError
 from lora_export.onnx_export import model_files
 from lora_export.onnx_export.graphs.slots import SUFFIX
 from lora_export.storage.files import output_folder
+from lora_export.workflows.run_graphs import Control
 from lora_export.workflows.run_report import new_report
 
 RESERVED = ("base", "merged", "unmerged", "plugged", "pytorch")
@@ -34,6 +43,19 @@ def benchmark(arms: Sequence[BenchmarkArm], options: BenchmarkOptions, progress:
             progress.warn(warning)
     progress.stage(f"benchmark: {', '.join(named)} in one process")
     return run(arms, options=options, progress=progress, graph=graph)
+
+
+def measure_run(
+    base: ExportResult, merged: ExportResult, control: Control, options: StoryOptions, progress: Progress
+) -> BenchmarkResult:
+    """The arms of a run side by side: both exports, the unmerged graph if there is one, and what it asks for."""
+    arms = [BenchmarkArm("base", base.paths), BenchmarkArm("merged", merged.paths)]
+    arms += [BenchmarkArm("unmerged", control.export.paths)] if control.export else []
+    graph = control.export.model if control.export else None
+    extra, without = extra_arms(options.extra_arms, graph, control.trained_on, control.adapters, progress)
+    how = replace(options.benchmark, provider=options.export.provider)
+    measured = benchmark([*arms, *extra], how, progress)
+    return replace(measured, notes=(*measured.notes, *control.why_not, *without))
 
 
 def refuse_slower(result: BenchmarkResult, output: Path, report: str) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,6 +119,36 @@ def export_as(
         ready=ready,
         progress=progress,
     )
+
+
+@dataclass(frozen=True)
+class Control:
+    """The unmerged graph, which the benchmark must find slower, or why there is none.
+
+    trained_on, adapters: what it was made of.
+    """
+
+    export: ExportResult | None
+    why_not: tuple[str, ...]
+    trained_on: Path
+    adapters: Sequence[AdapterChoice]
+
+
+def control_of(
+    trained_on: Path,
+    base: Path,
+    adapters: Sequence[AdapterChoice],
+    work: Path,
+    options: StoryOptions,
+    merged: ExportResult,
+    progress: Progress,
+) -> Control:
+    """trained_on: the base in a form that others read; base: as it was given; merged: the export to be measured."""
+    from lora_export.validation.reference.foreign import as_peft
+
+    readable, combined = as_peft(base, adapters, work), options.merge.combine != "none"
+    made = export_unmerged(trained_on, readable, work, options.export, merged, progress, combined=combined)
+    return Control(*made, trained_on, readable)
 
 
 def export_unmerged(

@@ -18,6 +18,7 @@ from lora_export.contracts.option import names
 from lora_export.errors import InputError, LoraExportError
 from lora_export.manifest import RunManifest
 from lora_export.storage.sealed import read_json
+from lora_export.workflows.fleet.verifying import is_root, verify_root
 
 _ONNX_UNKNOWN = (
     "the ONNX graph, its weights (quantized or not), weights-map.json, export.json, the runtime's configuration, "
@@ -27,9 +28,25 @@ _TAKES_ALL = "checking that takes the base (-b) and every adapter (-a)"
 
 
 def verify(
-    path: Path, base: Path | None, adapters: Sequence[AdapterChoice], options: VerifyOptions, progress: Progress
+    path: str | Path,
+    base: Path | None,
+    adapters: Sequence[AdapterChoice],
+    options: VerifyOptions,
+    progress: Progress,
 ) -> Verification:
     """Check again what an earlier command left. InputError if `path` is nothing of the kind."""
+    if is_root(str(path)):
+        if base or adapters or options.key or options.run or options.runtime:
+            raise InputError(
+                "--base, --adapter, --key, --run or --runtime with the root of a fleet", where=str(path)
+            )
+        return verify_root(str(path), progress)
+    return _verify_folder(Path(path), base, adapters, options, progress)
+
+
+def _verify_folder(
+    path: Path, base: Path | None, adapters: Sequence[AdapterChoice], options: VerifyOptions, progress: Progress
+) -> Verification:
     from lora_export.checkpoint.pipeline import is_pipeline
     from lora_export.merging.certificate.verify import verify_folder
     from lora_export.merging.pipelines.verifying import verify_pipeline
@@ -45,7 +62,11 @@ def verify(
     if options.key or options.run or options.runtime:
         raise InputError("--key, --run or --runtime without a package", where=path, expected="a package")
     if not path.is_dir():
-        raise InputError("this file is no package", where=path, expected="a merged folder, a run, or a package")
+        raise InputError(
+            "this file is no package",
+            where=path,
+            expected="a merged folder, a run, a package, or the root of a fleet",
+        )
     if manifest.is_run(path):
         return verify_run(path, base, adapters, options, progress)
     pipeline = is_pipeline(path) or (base is not None and base.is_dir() and is_pipeline(base))

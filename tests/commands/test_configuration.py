@@ -100,6 +100,7 @@ ASKED_FOR = {
     "what passes": "allow-nonfinite margin min-survival tolerance",
     "what is said": "quiet",
     "where it is written, and what is run": "converter dry-run force key output private push run runtime sign",
+    "which rows of a fleet are worked on, and where": "again disk on retries scratch shard timeout workers",
 }
 
 
@@ -211,7 +212,7 @@ def test_configuration_bad_file_is_refused(here: Path, seen: dict[str, Any], tex
 
 def test_configuration_variables_cannot_set_outputs_or_programs() -> None:
     names = {
-        "output", "force", "dry-run", "run", "runtime", "converter", "key", "sign", "push", "private",
+        "output", "force", "dry-run", "run", "runtime", "converter", "key", "sign", "push", "private", "scratch",
     }  # fmt: skip
     unset = [item for c in cli.commands.values() for item in configuration.options(c).items() if item[0] in names]
     assert {name for name, _ in unset} == names and not any(option.envvar for _, option in unset)

@@ -63,7 +63,7 @@ COMMANDS = {
     "inspect": ("PATH",), "merge": ("-b", "-a", "-o"), "validate": ("-b", "-a", "-m"), "export": ("-m", "-o"),
     "merge-and-export": ("-b", "-a", "-o"), "benchmark": ("-m", "-o"), "report": ("PATH",),
     "verify": ("PATH",), "combine": ("-a", "-o"), "truncate": ("-a", "-o"), "extract": ("-b", "-m", "-o"),
-    "switch": ("-m", "-b"), "package": ("PATH", "-o"),
+    "switch": ("-m", "-b"), "package": ("PATH", "-o"), "fleet": ("PATH", "-o"),
 }  # fmt: skip
 MORE = {"package": ("--for", "hf"), "truncate": ("--rank", "2"), "extract": ("--rank", "2")}
 

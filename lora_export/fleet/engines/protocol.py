@@ -10,10 +10,16 @@ Work = Callable[[Task], RowOutcome]  # a function of a module: workers import it
 
 
 class Slot(Protocol):
-    """Room for one task at a time, in a worker process that is kept for many: its imports and the base that it holds
-    in memory stay. A worker that died is replaced before the next task."""
+    """Room for one task at a time, in a worker process that is kept for many: its imports and the base that it
+    holds in memory stay. A worker that died is replaced before the next task."""
 
-    node: str  # whose scratch it uses
+    @property
+    def node(self) -> str:
+        """Whose scratch it uses."""
+
+    @property
+    def name(self) -> str:
+        """Of its workers' folders there (`scratch.folders_of`), "" where this machine does not see them."""
 
     def submit(self, task: Task, timeout: float) -> "Future[RowOutcome]":
         """A future that never raises for what happens to the worker: a dead one is an outcome `died` with how it
@@ -30,8 +36,11 @@ class Slot(Protocol):
 class Engine(Protocol):
     """threads: cores that each slot may use. `with engine:` ends every worker, also after an exception."""
 
-    slots: tuple[Slot, ...]
-    threads: int
+    @property
+    def slots(self) -> tuple[Slot, ...]: ...
+
+    @property
+    def threads(self) -> int: ...
 
     def __enter__(self) -> "Engine": ...
 
