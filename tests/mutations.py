@@ -156,7 +156,7 @@ MUTATIONS = (
     ),
     Mutation(
         "perplexity predicts the token that it has seen", "validation/effect/effect.py",
-        "-p[:-1].gather(-1, ids[1:, None])", "-p[:-1].gather(-1, ids[:-1, None])",
+        "blocks_of(ids.roll(-1))", "blocks_of(ids)",
         f"{CERTIFICATE}::test_validate_reports_perplexities_and_loaded_checks",
     ),
     Mutation(

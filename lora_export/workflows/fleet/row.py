@@ -3,15 +3,17 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_export import manifest
 from lora_export.contracts import AdapterChoice, PackageOptions, Report, Source, Story, StoryOptions
-from lora_export.contracts.fleet import Record, RowFigures, RowOutcome, State, Task
+from lora_export.contracts.fleet import Record, RowFigures, RowOutcome, State, StoredFile, Task
 from lora_export.errors import GateFailed, LoraExportError, OutputError, RuntimeUnavailable
 from lora_export.fleet.records import NAME, SCHEMA_VERSION, decoded
 from lora_export.fleet.stores.protocol import Store
-from lora_export.storage import sealed
+from lora_export.storage import disk, sealed
 from lora_export.workflows.fleet.clock import Clock
 
 if TYPE_CHECKING:
@@ -47,7 +49,8 @@ def prepare_base(task: Task, store: Store, node: Path, clock: Clock) -> RowOutco
     stage, work = task.scratch / "base", task.scratch / "work"
     stage.mkdir()
     work.mkdir()
-    claim = fill(stage, work, given.base, given.adapters, given.options, clock)
+    with disk.unsynced():  # the store sees to what is to last
+        claim = fill(stage, work, given.base, given.adapters, given.options, clock)
     shutil.rmtree(work, ignore_errors=True)
     done = clock.outcome(task, "done", place=place, figures=RowFigures(nbytes=_bytes(stage)))
     record = Record(SCHEMA_VERSION, key, given.inputs, done, {}, base_key=key, claim=claim)
@@ -70,8 +73,9 @@ def make_row(task: Task, store: Store, node: Path, clock: Clock) -> RowOutcome:
         shared = opened(task.planned.base_key, store, node).shared(given.options)
     run = task.scratch / "run"
     try:
-        story = _told(given, run, shared, clock)
-        folder = _kept(task, story, run, clock)
+        with disk.unsynced():  # the store sees to what is to last
+            story = _told(given, run, shared, clock)
+            folder = _kept(task, story, run, clock)
     except NO_VERDICT:
         raise
     except GateFailed as error:
@@ -84,7 +88,8 @@ def make_row(task: Task, store: Store, node: Path, clock: Clock) -> RowOutcome:
     done = _placed(clock.outcome(task, "done", figures=figures), place, "")
     claim = next((n for n in story.benchmark.notes if "same file" in n), "") if story.benchmark else ""
     base_key = task.planned.base_key
-    record = Record(SCHEMA_VERSION, task.planned.key, given.inputs, done, {}, base_key=base_key, claim=claim)
+    hashes = _sealed(folder)
+    record = Record(SCHEMA_VERSION, task.planned.key, given.inputs, done, hashes, base_key=base_key, claim=claim)
     first = store.publish(folder, place, record)
     if store.read(f"failed/{task.planned.key}/{NAME}") is not None:
         store.remove(f"failed/{task.planned.key}")
@@ -103,15 +108,15 @@ def _told(given: Given, run: Path, shared: "SharedBase | None", clock: Clock) ->
 
 def _given(task: Task, node: Path, clock: Clock) -> Given:
     """The inputs on this machine, which have to be those that were planned, and the options of the run."""
-    from lora_export.checkpoint.sources import adapter_choices, resolve
     from lora_export.fleet.hashes import Hashes
     from lora_export.fleet.keys import base_inputs, key_of, row_inputs
     from lora_export.pipeline import with_provider
+    from lora_export.workflows.fleet.planning import located_adapter
 
     clock.stage("inputs: finding and comparing them with the plan")
     row, planned = task.planned.row, task.planned
-    base = resolve(row.model)
-    adapters = [choice for name in row.adapters for choice in adapter_choices(name)]
+    base = _model(row.model, node)
+    adapters = [located_adapter(name, node) for name in row.adapters]
     hashes = Hashes()
     files = hashes.of(base.folder)
     if task.kind == "base":
@@ -131,6 +136,14 @@ def _given(task: Task, node: Path, clock: Clock) -> Given:
         seed = int((planned.base_key or planned.key)[:8], 16) % 2**31
     validation = replace(row.options.validation, seed=seed)
     return Given(base, adapters, with_provider(replace(row.options, validation=validation, force=False)), inputs)
+
+
+@cache
+def _model(model: str, node: Path) -> Source:
+    """Found once for all rows of this process, as it may lie in a store elsewhere."""
+    from lora_export.workflows.fleet.planning import located_model
+
+    return located_model(model, node)
 
 
 # --- what is kept --------------------------------------------------------------------------------------------
@@ -219,6 +232,13 @@ def _attempt(store: Store, place: str, task: Task) -> str:
 def _placed(outcome: RowOutcome, place: str, at: str) -> RowOutcome:
     place = f"{place}/{at}" if at else place
     return replace(outcome, place=place, report=f"{place}/{REPORT}")
+
+
+def _sealed(folder: Path) -> dict[str, StoredFile]:
+    """What the run has just hashed for its manifest, so that a store need not read it again."""
+    if not (folder / manifest.NAME).is_file():
+        return {}
+    return {n: StoredFile(f.size, f.sha256) for n, f in manifest.read(folder).files.items()}
 
 
 def _bytes(folder: Path) -> int:
