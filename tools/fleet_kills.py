@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import secrets
 import shutil
 import signal
 import subprocess
@@ -127,6 +128,9 @@ def judged(fleet: Fleet, found: Found, *, ended: bool) -> None:
     if not gone(workers(), 30):
         found.wrong.append("workers are left")
     found.fleets += 1
+    print(
+        f"  {found.kills} kills, {found.fleets} fleets, {dict(found.states)}, wrong: {found.wrong}", file=sys.stderr
+    )
 
 
 def kill_workers(work: Path, kills: int, draw: random.Random, cluster: Raylets) -> Found:
@@ -190,7 +194,7 @@ def fleet_processes(pid: int) -> list[psutil.Process]:
 @contextmanager
 def _cluster(kind: str) -> Iterator[Raylets | None]:
     if kind == "own-driver":
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         yield None
         return
     with raylets(_NODES) as cluster:

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,8 @@ _STORE = 75 * 2**20
 class Raylets:
     """The first raylet has the head's processes beside it. Only this program may connect, by `variables`."""
 
-    def __init__(self, cluster: Any, variables: dict[str, str]) -> None:
-        self.cluster, self.variables = cluster, variables
+    def __init__(self, cluster: Any, variables: dict[str, str], port: int) -> None:
+        self.cluster, self.variables, self.client = cluster, variables, f"ray://127.0.0.1:{port}"
 
     def add(self) -> None:
         self.cluster.add_node(num_cpus=1, object_store_memory=_STORE, include_log_monitor=False)
@@ -46,12 +47,18 @@ def raylets(count: int) -> Iterator[Raylets]:
     os.environ.update(variables)
     from ray.cluster_utils import Cluster
 
+    port = _free_port()
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": _STORE},
+        head_node_args={
+            "num_cpus": 1,
+            "include_dashboard": False,
+            "object_store_memory": _STORE,
+            "ray_client_server_port": port,
+        },
     )
     try:
-        there = Raylets(cluster, variables | {"RAY_ADDRESS": cluster.address})
+        there = Raylets(cluster, variables | {"RAY_ADDRESS": cluster.address}, port)
         for _ in range(count - 1):
             there.add()
         yield there
@@ -61,11 +68,23 @@ def raylets(count: int) -> Iterator[Raylets]:
         os.environ.update(before)
 
 
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
 def workers() -> list[psutil.Process]:
-    """Processes of Ray's workers that carry this project's actor."""
-    return [
-        p for p in psutil.process_iter(["name", "cmdline"]) if "ray::RayWorker" in " ".join(p.info["cmdline"] or [])
-    ]
+    """Processes of workers on the cluster that RAY_AUTH_TOKEN opens; other people's are not looked at."""
+    return [p for p in psutil.process_iter() if _is_worker(p)]
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    try:
+        named = "ray::RayWorker" in " ".join(process.cmdline())
+        return named and process.environ().get("RAY_AUTH_TOKEN") == os.environ.get("RAY_AUTH_TOKEN")
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
 
 
 def gone(processes: list[psutil.Process], seconds: float) -> bool:

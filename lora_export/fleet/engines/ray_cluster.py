@@ -69,8 +69,8 @@ def connect(ray: Any, on: str, workers: int, stack: contextlib.ExitStack) -> boo
         raise RuntimeUnavailable(
             f"no Ray cluster for --on {on}: {first_line(error)}",
             expected="a cluster that runs, with this Python and this Ray; ray:// takes its client port (10001)",
-            next_step="`ray status` there says whether it runs; RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, if it has a "
-            "token; --on local needs no cluster",
+            next_step="`ray status` there tells whether it runs; RAY_AUTH_MODE=token and RAY_AUTH_TOKEN if it "
+            "has a token; --on local needs no cluster",
         ) from error
     return True
 

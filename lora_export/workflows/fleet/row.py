@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_export import manifest
-from lora_export.contracts import AdapterChoice, PackageOptions, Source, Story, StoryOptions
+from lora_export.contracts import AdapterChoice, PackageOptions, Report, Source, Story, StoryOptions
 from lora_export.contracts.fleet import Record, RowFigures, RowOutcome, State, StoredFile, Task
 from lora_export.errors import GateFailed, LoraExportError, OutputError, RuntimeUnavailable
 from lora_export.fleet.records import NAME, SCHEMA_VERSION, decoded
@@ -93,10 +93,8 @@ def make_row(task: Task, store: Store, node: Path, clock: Clock) -> RowOutcome:
     first = store.publish(folder, place, record)
     if store.read(f"failed/{task.planned.key}/{NAME}") is not None:
         store.remove(f"failed/{task.planned.key}")
-    # A store without renames says only in the record where the files of an object lie.
-    raw = store.read(f"{place}/{NAME}") if "://" in task.root else None
-    at = decoded(raw, f"{store.where}/{place}").at if raw is not None else ""
-    return _placed(clock.outcome(task, "done" if first else "skipped", figures=figures), place, at)
+    outcome = clock.outcome(task, "done" if first else "skipped", figures=figures)
+    return _placed(outcome, place, _attempt(store, place, task))
 
 
 def _told(given: Given, run: Path, shared: "SharedBase | None", clock: Clock) -> Story:
@@ -200,13 +198,20 @@ def _verdict(
         folder.mkdir()
     told = _without_paths(error.as_json(), task.scratch, place)
     outcome = clock.outcome(task, state, error=told, place=place)
-    if (folder / REPORT).is_file():
-        outcome = replace(outcome, report=f"{place}/{REPORT}")
+    reported = (folder / REPORT).is_file()
+    if reported:
+        from lora_export.report import load
+
+        figures = figures_of(load(folder / "report"))
+        outcome = replace(outcome, report=f"{place}/{REPORT}", figures=figures)
     key, base_key = task.planned.key, task.planned.base_key
     store.publish(
         folder, place, Record(SCHEMA_VERSION, key, given.inputs, outcome, {}, base_key=base_key), again=True
     )
-    return outcome
+    at = _attempt(store, place, task)
+    if not at:
+        return outcome
+    return _placed(outcome, place, at) if reported else replace(outcome, place=f"{place}/{at}")
 
 
 def _without_paths(error: Mapping[str, str | None], scratch: Path, place: str) -> dict[str, str | None]:
@@ -216,6 +221,12 @@ def _without_paths(error: Mapping[str, str | None], scratch: Path, place: str) -
         name: text and text.replace(f"{run}.failed", place).replace(run, place).replace(f"{scratch}/", "")
         for name, text in error.items()
     }
+
+
+def _attempt(store: Store, place: str, task: Task) -> str:
+    """Where the files of an object lie below its place: a store without renames says so only in the record."""
+    raw = store.read(f"{place}/{NAME}") if "://" in task.root else None
+    return decoded(raw, f"{store.where}/{place}").at if raw is not None else ""
 
 
 def _placed(outcome: RowOutcome, place: str, at: str) -> RowOutcome:
@@ -234,14 +245,14 @@ def _bytes(folder: Path) -> int:
     return sum(sealed.sizes(folder).values())
 
 
-def figures_of(story: Story) -> RowFigures:
-    """What the report of a fleet shows of a run."""
+def figures_of(story: Story | Report) -> RowFigures:
+    """What the report of a fleet shows of a run, or of the report that a failed one left."""
     checked, measured = story.validate, story.benchmark
     survived = checked.adapter_survival if checked else ()
     shares = [float(s.share) for s in survived if s.share is not None]
     lost = [float(s.kl_lost) for s in survived if s.kl_lost is not None]
     ratios = [float(c.ratio) for c in measured.cells if c.ratio is not None] if measured else []
-    kept = story.merge.delta_survival
+    kept = story.merge.delta_survival if story.merge else None
     return RowFigures(
         survival=min(shares, default=None),
         delta_survival=float(kept) if kept is not None else None,
