@@ -1,6 +1,7 @@
 """manifest.json: what a run was made from and what it left, by size and SHA-256; written, and checked again."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ _VOCABULARIES = frozenset({".txt", ".model"})  # of the tokenizers of a pipeline
 _WRITTEN = {f"report/report.{kind}" for kind in ("json", "html", "md")} | {
     "report/samples.json", "report/conditions.json", "lora_export_certificate.json",
 }  # fmt: skip
+_SETTLED = 2 * 10**9  # nanoseconds since the last change, after which another change would show
+Hashing = Callable[[Path, Path | None], FileHash]
+_known: dict[tuple[object, ...], FileHash] = {}
 _FOLDERS = ("merged/", "onnx/", "report/pictures/")
 
 
@@ -88,9 +92,10 @@ def write(stage: Path, base: Source, adapters: Sequence[AdapterChoice], options:
         tool=Tool(),
         versions=versions(),
         options=options,
-        base=RecordedSource(**named(base), files=_input_hashes(base.folder)),
+        base=RecordedSource(**named(base), files=_input_hashes(base.folder, _hashed_once)),
         adapters=tuple(
-            RecordedAdapter(**named(a.source), weight=a.weight, files=_input_hashes(a.folder)) for a in adapters
+            RecordedAdapter(**named(a.source), weight=a.weight, files=_input_hashes(a.folder, _hashed_once))
+            for a in adapters
         ),
         files=hash_folder(stage),
     )
@@ -114,14 +119,35 @@ def is_run(folder: Path) -> bool:
     return (folder / NAME).is_file() and any((folder / name).is_dir() for name in ("merged", "onnx"))
 
 
-def _input_hashes(place: Path) -> dict[str, FileHash]:
+def _input_hashes(place: Path, hashing: Hashing = hashed) -> dict[str, FileHash]:
     """Of weights and configuration: a folder's own files, an adapter that is one file, or all of a pipeline."""
     if place.is_file():
-        return {place.name: hashed(place)}
+        return {place.name: hashing(place, None)}
     if (place / PIPELINE_INDEX).is_file():
-        return {p.relative_to(place).as_posix(): hashed(p, place) for p in _pipeline_files(place)}
+        return {p.relative_to(place).as_posix(): hashing(p, place) for p in _pipeline_files(place)}
     paths = sorted(p for p in place.iterdir() if p.suffix in _INPUTS and p.is_file())
-    return {p.name: hashed(p) for p in paths}
+    return {p.name: hashing(p, None) for p in paths}
+
+
+def _hashed_once(path: Path, root: Path | None) -> FileHash:
+    """As `hashed`, but once in a process for a file that stays as it is: many runs may have one base. One that was
+    changed a moment ago could be changed again without a sign of it, and is hashed each time."""
+    status = path.stat()
+    sign = (
+        str(path.absolute()),
+        status.st_ino,
+        status.st_dev,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    )
+    known = _known.get(sign)
+    if known is not None:
+        return known
+    made = hashed(path, root)
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED and made.size == status.st_size:
+        _known[sign] = made
+    return made
 
 
 def _pipeline_files(folder: Path) -> list[Path]:

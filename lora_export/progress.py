@@ -66,6 +66,9 @@ class Console:
         from rich.live import Live
 
         bar, self._bar = self._bar, None
+        if self._task is not None:
+            bar.remove_task(self._task)  # its stage is over
+            self._task = None
         bar.stop()
         try:
             with Live(

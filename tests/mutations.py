@@ -156,7 +156,7 @@ MUTATIONS = (
     ),
     Mutation(
         "perplexity predicts the token that it has seen", "validation/effect/effect.py",
-        "-p[:-1].gather(-1, ids[1:, None])", "-p[:-1].gather(-1, ids[:-1, None])",
+        "blocks_of(ids.roll(-1))", "blocks_of(ids)",
         f"{CERTIFICATE}::test_validate_reports_perplexities_and_loaded_checks",
     ),
     Mutation(
@@ -1094,5 +1094,53 @@ MUTATIONS = (
         "copied components of a pipeline are not compared with the base's", "merging/pipelines/verifying.py",
         "!= recorded.files[n].blake3", "is None",
         "tests/diffusion/test_pipeline_merge.py::test_pipeline_verify_finds_another_base_and_another_adapter",
+    ),
+    Mutation(
+        "a record is taken whatever its digest", "fleet/records.py",
+        "if seal is None or hashlib.sha256(raw[: seal.start()] + _END).hexdigest().encode() != seal[1]:",
+        "if seal is None:",
+        "tests/fleet/test_stores.py::test_record_with_any_byte_changed_is_refused",
+    ),
+    Mutation(
+        "a row that died is tried again where it died", "fleet/driver.py",
+        "            item.avoid = index\n            group.items.append(item)",
+        "            group.items.append(item)",
+        "tests/fleet/test_driver.py::test_drive_died_row_is_tried_again_on_another_slot",
+    ),
+    Mutation(
+        "a row is admitted whatever it takes", "fleet/scratch.py",
+        "self.used(but=slot) + nbytes > self.limit",
+        "self.used(but=slot) > self.limit",
+        "tests/fleet/test_driver.py::test_drive_rows_together_stay_within_the_disk",
+    ),
+    Mutation(
+        "an input that changed since the plan is worked on", "workflows/fleet/row.py",
+        "if key_of(inputs) != wanted:",
+        "if not wanted:",
+        "tests/fleet/test_rows.py::test_row_whose_input_changed_since_the_plan_keeps_nothing",
+    ),
+    Mutation(
+        "a finished fleet tells of each run anew", "report/fleet_document.py",
+        "and fleet_rows.same(report.rows, before.rows)",
+        "and report.rows == before.rows",
+        "tests/fleet/test_fleet_report.py::test_rerun_of_finished_fleet_writes_nothing",
+    ),
+    Mutation(
+        "a figure that is no number any more has not moved", "report/fleet_rows.py",
+        "return math.isnan(before) != math.isnan(after)",
+        "return False",
+        "tests/fleet/test_fleet_report.py::test_survival_has_moved_beyond_half_a_point",
+    ),
+    Mutation(
+        "a link in a fleet's page may lead out of the root", "report/fleet_page.py",
+        'any(part in ("", ".", "..") for part in parts)',
+        'any(part == "." for part in parts)',
+        "tests/fleet/test_fleet_pages.py::test_page_links_stay_in_the_root",
+    ),
+    Mutation(
+        "an object that is gone still counts", "workflows/fleet/joined.py",
+        "if record is None and row.place:",
+        "if record is None and not row.key:",
+        "tests/fleet/test_fleet_joined.py::test_report_tells_of_objects_that_are_gone_or_damaged",
     ),
 )  # fmt: skip

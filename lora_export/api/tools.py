@@ -170,7 +170,7 @@ def inspect(path: Model, base: Model | None = None) -> dict[str, Any]:
     """Say what a folder is and what a person would ask about it, from headers alone.
 
     Args:
-        path: A base, an adapter, an ONNX export, a run or a package.
+        path: A base, an adapter, an ONNX export, a run, a package, or the root of a fleet.
         base: For an adapter: the base to match it with, tensor by tensor.
 
     Returns:

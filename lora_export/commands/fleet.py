@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +138,7 @@ def _plan_words(planned: Sequence["PlannedRow"], options: FleetOptions) -> str:
             reasons.setdefault(p.alone, []).append(p.row.name)
     rows += [("alone", f"{_some(names)}: {why}") for why, names in reasons.items()]
     refused = [p for p in planned if p.state == "refused"]
-    lines = [f"refused {shown(p.row.name)}: {_why(p)}" for p in refused[:_MOST]]
+    lines = [f"refused {shown(p.row.name)}: {_why(p.error)}" for p in refused[:_MOST]]
     if len(refused) > _MOST:
         lines.append(f"… and {len(refused) - _MOST} more, which --json lists")
     return "\n".join([table([*rows, ("dry run", "nothing was written")]), *lines])
@@ -148,8 +148,8 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _why(planned: "PlannedRow") -> str:
-    told = planned.error or {}
+def _why(error: Mapping[str, str | None] | None) -> str:
+    told = error or {}
     return shown(f"{told.get('found')}" + (f" ({told['where']})" if told.get("where") else ""))
 
 
@@ -160,6 +160,6 @@ def _result_words(result: "FleetResult") -> str:
     bad = [r for r in result.rows if r.state not in ("done", "skipped")]
     rows = [(state, str(count)) for state, count in result.totals.items() if count or state == "done"]
     rows += [("time", f"{result.seconds:.1f} s"), ("report", f"{result.root.rstrip('/')}/fleet.html")]
-    told = [(f"{r.state} {r.name}", str((r.error or {}).get("found") or r.report)) for r in bad[:_MOST]]
+    told = [(f"{r.state} {r.name}", _why(r.error) if r.error else r.report) for r in bad[:_MOST]]
     more = [f"… and {len(bad) - _MOST} more, which the report lists"] if len(bad) > _MOST else []
     return "\n".join([table([*rows, *told]), *more])

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def inspect(
     talk: Talk, path: str | None, adapter: str | None, base: str | None, picture: Path | None, force: bool
 ) -> None:
-    """Say what PATH is (base, adapter, ONNX export or run), or what an adapter has learnt.
+    """Say what PATH is (base, adapter, ONNX export, run, package or fleet), or what an adapter has learnt.
 
     Reads headers only, and answers at once. With -b, an adapter is matched with that base, tensor by tensor.
 

@@ -13,7 +13,7 @@ import os
 import sqlite3
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,8 +111,11 @@ class Hashes:
             raise found
         return found.files
 
-    def of_all(self, places: Iterable[Path]) -> dict[Path, Contents | LoraExportError]:
-        """Of each folder or file, or why it cannot be read."""
+    def of_all(
+        self, places: Iterable[Path], advance: Callable[[int, int], None] = lambda done, total: None
+    ) -> dict[Path, Contents | LoraExportError]:
+        """Of each folder or file, or why it cannot be read. advance: receives bytes that were read, and that will
+        be."""
         each = list(dict.fromkeys(places))
         with ThreadPoolExecutor(_THREADS) as pool, self._opened() as kept:
             chunks = pool.map(_all_listed, _chunks(each))
@@ -120,12 +123,15 @@ class Hashes:
             files = [f for one in listed.values() if isinstance(one, _Listed) for f in one.files]
             known = kept.get(files)
             missing = [f for f in files if f.path not in known]
-            self.read += sum(f.status.st_size for f in missing)
+            done, total = 0, sum(f.status.st_size for f in missing)
+            self.read += total
             large = [[f] for f in missing if f.status.st_size >= _LARGE]
             small = _chunks([f for f in missing if f.status.st_size < _LARGE])
             made: dict[str, _Hash | LoraExportError] = {}
             for part, hashes in zip([*large, *small], pool.map(_all_hashed, [*large, *small]), strict=True):
                 made |= {file.path: one for file, one in zip(part, hashes, strict=True)}
+                done += sum(f.status.st_size for f in part)
+                advance(done, total)
             kept.put([(path, one) for path, one in made.items() if isinstance(one, _Hash) and one.sign])
         found = known | made
         return {p: one if isinstance(one, LoraExportError) else _contents(one, found) for p, one in listed.items()}

@@ -33,10 +33,11 @@ def to_numpy(value: "onnxruntime.OrtValue", dtype: "np.dtype[Any]") -> Array:
 
 class GraphRun:
     """A graph in a session. provider: cpu, cuda or tensorrt; packed: whether weights are copied into the order in
-    which products read them, which many runs gain from, and a few do not."""
+    which products read them, which many runs gain from, and a few do not; threads: None for all cores."""
 
-    def __init__(self, path: Path, provider: str = "cpu", packed: bool = True) -> None:
+    def __init__(self, path: Path, provider: str = "cpu", packed: bool = True, threads: int | None = None) -> None:
         options = session_options()
+        options.intra_op_num_threads = threads or 0
         if not packed:
             options.add_session_config_entry("session.disable_prepacking", "1")
         self.session = open_session(path, provider, options=options)
@@ -103,8 +104,8 @@ class EncoderDecoder(Decoder):
     """graphs: the encoder's, the decoder's, and the decoder's with a cache if that is another: Optimum's three or
     onnxruntime-genai's two."""
 
-    def __init__(self, graphs: Sequence[Path], provider: str) -> None:
-        self._encoder, first, *later = (GraphRun(graph, provider) for graph in graphs)
+    def __init__(self, graphs: Sequence[Path], provider: str, threads: int | None = None) -> None:
+        self._encoder, first, *later = (GraphRun(graph, provider, threads=threads) for graph in graphs)
         super().__init__(first, later[-1] if later else first)
 
     def encode(self, inputs: Mapping[str, Array]) -> State:

@@ -27,8 +27,10 @@ class VisionLanguage:
     """graphs: pictures to features, ids to rows of embeddings, and the decoder; placeholder: the id that stands for
     each token of a picture; merge: patches along a side of what becomes one token, where pictures have grids."""
 
-    def __init__(self, graphs: Sequence[Path], provider: str, placeholder: int, merge: int = 1) -> None:
-        self._vision, self._embedding, self._decoder = (GraphRun(graph, provider) for graph in graphs)
+    def __init__(
+        self, graphs: Sequence[Path], provider: str, placeholder: int, merge: int = 1, threads: int | None = None
+    ) -> None:
+        self._vision, self._embedding, self._decoder = (GraphRun(g, provider, threads=threads) for g in graphs)
         self._placeholder, self._merge = placeholder, merge
 
     def rows(self, ids: Array, seen: Mapping[str, Array]) -> Array:

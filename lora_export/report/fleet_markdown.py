@@ -6,9 +6,10 @@ from lora_export.contracts.fleet_report import FleetReport, FleetReportRow
 from lora_export.escape import markdown as escaped
 from lora_export.report import fleet_story as story
 
-_MARKS = {"good": "✅", "bad": "❌", "unsure": "⚠️"}
+_MARKS = {"good": "✅", "bad": "❌", "unsure": "⚠️", "off": "➖"}
 _FAILED = 20  # rows that are named; the others are counted
 _CHANGED = 10  # of a kind
+_STAGES = 5  # the longest
 _LONGEST = 300  # characters of a reason
 
 
@@ -28,6 +29,8 @@ def markdown(report: FleetReport) -> str:
     if claims := story.claims(report):
         lines += ["", "## What is claimed", ""]
         lines += [f"- {escaped(name)}: {escaped(text)}" for name, text in claims]
+    if stages := story.stage_rows(report)[:_STAGES]:
+        lines += ["", "## Where the time went", "", *_table(story.STAGES_HEAD, stages)]
     made = f"lora-export {escaped(report.tool_version)}, {escaped(report.created)}"
     return "\n".join([*lines, "", f"<sub>{made}. All rows: fleet.json, fleet.html.</sub>", ""])
 
@@ -35,9 +38,13 @@ def markdown(report: FleetReport) -> str:
 def _failed(rows: Sequence[FleetReportRow]) -> list[str]:
     if not rows:
         return []
-    cells = [(r.name, r.base, story.WORDS[r.state], story.reason(r)[:_LONGEST]) for r in rows[:_FAILED]]
+    cells = [(r.name, r.base, _state(r), story.reason(r)[:_LONGEST]) for r in rows[:_FAILED]]
     lines = ["", "## Not there", "", *_table(("adapter", "base", "state", "why"), cells)]
     return [*lines, "", f"and {len(rows) - _FAILED:,} more"] if len(rows) > _FAILED else lines
+
+
+def _state(row: FleetReportRow) -> str:
+    return f"{_MARKS[story.TONES[row.state]]} {story.WORDS[row.state]}"
 
 
 def _changed(report: FleetReport) -> Iterator[str]:

@@ -123,6 +123,9 @@ def _with_records(rows: Sequence[FleetReportRow], store: Place) -> list[FleetRep
 def of_record(record: Record, row: FleetReportRow) -> FleetReportRow:
     """The row with what a record says; which name it is, and what it was asked for, the record does not know."""
     made = from_outcome(record.outcome, record.created)
+    if record.at:  # of a store without renames: which attempt counts, its record alone knows
+        place = f"{made.place}/{record.at}"
+        made = replace(made, place=place, report=made.report.replace(made.place, place, 1))
     return replace(
         made, name=row.name, base=row.base, adapters=row.adapters, key=record.key,
         state=row.state if settled(row.state) == made.state else made.state,

@@ -1,10 +1,13 @@
 """Bytes and names on the disk: copied, synced, exchanged in one step, and whether there is room for them."""
 
+import contextlib
 import ctypes
 import errno
 import os
 import shutil
 import stat
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 from lora_export.errors import OutputError
@@ -27,6 +30,8 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 _SYNC_FILE_RANGE_WRITE, _WRITE_AND_WAIT = 2, 7
+
+_unsynced: ContextVar[bool] = ContextVar("unsynced", default=False)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -53,8 +58,20 @@ def start_writing_back(fd: int, at: int, length: int) -> None:
         _sync_file_range(fd, ctypes.c_int64(at), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 
+@contextlib.contextmanager
+def unsynced() -> Iterator[None]:
+    """Leave it to the system when bytes reach the disk: nobody reads scratch after a crash of the machine."""
+    before = _unsynced.set(True)
+    try:
+        yield
+    finally:
+        _unsynced.reset(before)
+
+
 def sync(path: Path) -> None:
-    """fsync a file or a folder."""
+    """fsync a file or a folder; nothing within `unsynced`."""
+    if _unsynced.get():
+        return
     fd = os.open(path, os.O_RDONLY)
     try:
         if path.is_file():

@@ -1,20 +1,282 @@
-"""What validations of one base have in common: computed once, kept in a folder, and read by the next one."""
+"""What validations of one base have in common: computed once, kept in a folder, and read by the next one.
 
-from dataclasses import dataclass
+An answer is found by a digest of all that it depends on: the bytes of the base in memory, the token ids or other
+inputs, the bytes of a graph, the arithmetic, the libraries, the processor and the number of threads. Another digest
+is another answer, so that nothing is used where it does not belong. Numbers are stored as they are, in fp32, and
+hashed before they are read.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from lora_export.contracts import Progress
+from lora_export.validation import values as plain_values
+from lora_export.validation.comparing import sentence
 
 MOST_BYTES = 2**31  # of answers that are kept; what is beyond is computed anew each time
+_LIBRARIES = ("torch", "transformers", "peft", "onnxruntime", "numpy", "lora_export")
+_VALUE = "value.json"
+_CHUNK = 16 * 2**20  # bytes that are hashed at once
+Value = TypeVar("Value")
 
 
 @dataclass
 class KnownBase:
-    """folder: a local one, made on first use, that outlives the process (`bases/KEY/reference` of a fleet).
+    """folder: a local one, made on first use, that outlives the process (`bases/KEY/reference` of a fleet);
+    most_bytes: how much of it may be filled.
 
     The object may be passed to one validation after another of a process, one at a time.
     """
 
     folder: Path
     most_bytes: int = MOST_BYTES
+    _sound: dict[Path, tuple[int, int]] = field(default_factory=dict)  # files whose hash was checked → size, time
 
     def forget(self) -> None:
         """Free what is kept in memory; the folder stays."""
+        self._sound.clear()
+
+
+class Shelf(Sequence[torch.Tensor]):
+    """Tensors in files of a folder, each read when it is asked for."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = list(files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return Shelf(self._files[at])
+        return torch.from_numpy(np.load(self._files[at]))
+
+
+@dataclass
+class Answers:
+    """What a validation computes of the base alone. known: where it is kept, None to keep it for this validation
+    only; depends: what every answer depends on; scratch: a folder of this validation."""
+
+    scratch: Path
+    progress: Progress
+    known: KnownBase | None = None
+    depends: Mapping[str, object] = field(default_factory=dict)
+    trusted: bool = True
+    taken: list[str] = field(default_factory=list)  # what was found, in words
+    _count: int = 0
+
+    def shelf(self, tensors: Iterable[torch.Tensor]) -> Shelf:
+        """Tensors of this validation, one after another into files, so that memory does not hold them."""
+        self._count += 1
+        folder = self.scratch / f"tensors-{self._count}"
+        return Shelf(_written(tensors, folder))
+
+    def take(self, what: str, inputs: Mapping[str, object], compute: Callable[[], Value]) -> Value:
+        """The answer to `what` on these inputs, which is computed if nobody knows it.
+
+        Of lists of tensors, those at the top and below one name are read when they are asked for. inputs: numbers,
+        texts, tensors, and what is made of them.
+        """
+        known = self.known
+        if known is None or not self.trusted:
+            value: Value = self._put(compute(), self.scratch)[1]
+            return value
+        place = known.folder / digest({"what": what, "inputs": inputs, **self.depends})
+        if place.is_dir():
+            with contextlib.suppress(_Damaged):
+                value = self._read(place, known)
+                self.taken.append(what)
+                return value
+            self.progress.warn(f"{place} is damaged, so it is computed again")
+            shutil.rmtree(place, ignore_errors=True)
+        made, value = self._put(compute(), self._room(known))
+        if made.parent == known.folder and _bytes_below(known.folder) <= known.most_bytes:
+            with contextlib.suppress(OSError):  # another worker was faster, and its answer is the same
+                made.rename(place)
+                value = self._read(place, known)
+        return value
+
+    def distrust(self) -> None:
+        """Take nothing more: what is known is not what this base answers here."""
+        self.trusted = False
+
+    def end(self) -> None:
+        """Delete what was made in the known folder and found no room there."""
+        if self.known is not None and self.known.folder.is_dir():
+            for folder in self.known.folder.glob(f".{os.getpid()}-*"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _room(self, known: KnownBase) -> Path:
+        try:
+            known.folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return self.scratch
+        return known.folder if os.access(known.folder, os.W_OK) else self.scratch
+
+    def _put(self, value: Any, parent: Path) -> tuple[Path, Any]:
+        """(folder, the value with its tensors there)."""
+        folder = Path(tempfile.mkdtemp(prefix=f".{os.getpid()}-", dir=parent))
+        files: list[Path] = []
+
+        def put(tensor: torch.Tensor) -> int:
+            files.extend(_written([tensor], folder, len(files)))
+            return len(files) - 1
+
+        document = plain_values.packed(value, put)
+        stated = {"value": document, "files": {f.name: hash_of(f) for f in files}}
+        (folder / _VALUE).write_text(json.dumps(stated), encoding="utf-8")
+        return folder, plain_values.unpacked(document, files.__getitem__, Shelf)
+
+    def _read(self, place: Path, known: KnownBase) -> Any:
+        try:
+            stated = json.loads((place / _VALUE).read_text(encoding="utf-8"))
+            files = [place / name for name in stated["files"]]
+            for file in files:
+                now = file.stat()
+                seen = now.st_size, now.st_mtime_ns
+                if known._sound.get(file) != seen:
+                    if hash_of(file) != stated["files"][file.name]:
+                        raise _Damaged
+                    known._sound[file] = seen
+            return plain_values.unpacked(stated["value"], files.__getitem__, Shelf)
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise _Damaged from error
+
+
+def materialized(value: Any) -> Any:
+    """With lists in the place of what makes its parts one after another."""
+    if isinstance(value, Iterator):
+        return list(value)
+    return {name: materialized(part) for name, part in value.items()} if isinstance(value, dict) else value
+
+
+class _Damaged(Exception):
+    pass
+
+
+def _written(tensors: Iterable[torch.Tensor], folder: Path, first: int = 0) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    files = []
+    for at, tensor in enumerate(tensors, first):
+        files.append(folder / f"{at}.npy")
+        np.save(files[-1], tensor.numpy())
+    return files
+
+
+def hash_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def digest(value: object) -> str:
+    """SHA-256 of anything made of tensors, numbers, texts, lists and mappings, in hexadecimal digits."""
+    return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return [str(value.dtype), list(value.shape), hashlib.sha256(_bytes_of(value)).hexdigest()]
+    if is_dataclass(value):
+        return [type(value).__name__, {f.name: _plain(getattr(value, f.name)) for f in fields(value)}]
+    if isinstance(value, Mapping):
+        return {str(name): _plain(part) for name, part in value.items()}
+    if isinstance(value, frozenset | set):
+        return sorted(map(str, value))
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(part) for part in value]
+    return value if isinstance(value, str | int | float | None) else repr(value)
+
+
+def _bytes_of(tensor: torch.Tensor) -> Any:
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of named tensors: names, types, shapes and bytes."""
+    whole, seen = hashlib.sha256(), dict[int, str]()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        first = seen.setdefault(id(tensor), name)
+        whole.update(f"{name} {first} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        if first == name and tensor.numel():  # a tied weight has two names
+            whole.update(_bytes_of(tensor))
+    return whole.hexdigest()
+
+
+def of_model(body: Any, plain: Collection[str]) -> dict[str, object]:
+    """What the answers of a model depend on besides their inputs: its class, configuration and numbers, and `here`.
+
+    body: a transformers model, in which PEFT's layers may be; plain: the names of what is the model's own without
+    them.
+    """
+    named = (*body.named_parameters(remove_duplicate=False), *body.named_buffers(remove_duplicate=False))
+    own, config = set(plain), body.config
+    state = {n.replace(".base_layer", "").replace(".original_module", ""): value for n, value in named}
+    head = sentence.head_of(body)
+    return {
+        "class": f"{type(body).__module__}.{type(body).__qualname__}",
+        "config": {name: value for name, value in config.to_dict().items() if name != "_name_or_path"},
+        "attention": str(getattr(config, "_attn_implementation", None)),
+        "numbers": fingerprint({name: value for name, value in state.items() if name in own}),
+        "sentence": None
+        if head is None
+        else (head.modules, {p: dict(m.state_dict()) for p, m in head.layers.items()}),
+        **here(),
+    }
+
+
+def files_digest(folder: Path) -> str:
+    """SHA-256 of the names and bytes of a folder's files."""
+    whole = hashlib.sha256()
+    for name, found in _files(folder):
+        whole.update(f"{name} {found};".encode())
+    return whole.hexdigest()
+
+
+def _files(folder: Path) -> Iterator[tuple[str, str]]:
+    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+        now = file.stat()
+        yield str(file.relative_to(folder)), _hash_once(file, now.st_size, now.st_mtime_ns, now.st_ino)
+
+
+@functools.lru_cache(maxsize=256)
+def _hash_once(file: Path, size: int, time: int, inode: int) -> str:
+    return hash_of(file)
+
+
+@functools.cache
+def _processor() -> str:
+    """What kernels are chosen by: the model of the processor and its instructions."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        told = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+        return digest(sorted(told))
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def here() -> dict[str, object]:
+    """What the bits of a forward depend on besides the model and its inputs."""
+    return {
+        "libraries": {name: import_module(name).__version__ for name in _LIBRARIES},
+        "processor": _processor(),
+        "kernels": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }

@@ -30,7 +30,7 @@ from lora_export.validation.effect.precisions import adapter_survival
 from lora_export.validation.folder.companions import CERTIFICATE, declared, replication
 from lora_export.validation.folder.stored import Changed, stored_check, tied_names
 from lora_export.validation.graphs.exports import Judge
-from lora_export.validation.known import KnownBase
+from lora_export.validation.known import Answers, KnownBase, of_model
 from lora_export.validation.reference.combined import WITHOUT_A_RUN, reference_adapter
 from lora_export.validation.reference.files import headers
 from lora_export.validation.reference.loading import (
@@ -43,7 +43,7 @@ from lora_export.validation.reference.loading import (
 from lora_export.validation.reference.probes import wrapped_modules
 from lora_export.validation.reference.streaming import kept_bytes
 from lora_export.validation.reference.trained import loaded_names, trained_as
-from lora_export.validation.reference.unmerged import load_unmerged
+from lora_export.validation.reference.unmerged import Unmerged, load_unmerged
 
 AnyComparison = Comparison[Any, Any]
 
@@ -73,19 +73,37 @@ class Validation:
 
 @dataclass(frozen=True)
 class Models:
-    """unmerged: PEFT's; merged: in fp32, None where only graphs are compared; dtypes: stored types of the merged
-    parameters; keep: bytes that each streamed model may keep in memory, None for models in memory."""
+    """reference: PEFT's unmerged model; dtypes: stored types of the merged parameters; keep: bytes that each
+    streamed model may keep in memory, None for models in memory; merged: in fp32, None before it is loaded, after it
+    is not needed, and where only graphs are compared."""
 
-    unmerged: Any
-    merged: Any
+    reference: Unmerged
     dtypes: Mapping[str, Any]
     keep: int | None
+    merged: Any = None
+
+    @property
+    def unmerged(self) -> Any:
+        return self.reference.model
 
 
 def result_of(task: Validation) -> ValidationResult:
     """Load both models, compare outputs, tensors and files, then the bases, then the graphs."""
+    answers = Answers(task.scratch, task.progress, task.known)
+    try:
+        return _result_of(task, answers)
+    finally:
+        answers.end()
+
+
+def _result_of(task: Validation, answers: Answers) -> ValidationResult:
     task, models = _loaded(task)
-    comparison = _comparison(task, models)
+    comparison = _comparison(task, models, answers)
+    if task.exports and isinstance(comparison, DecoderComparison):
+        comparison.run_first(task.exports[0].merged_graphs, task.options.provider)
+    if not task.graphs_alone:
+        models = _with_merged(task, models)
+        comparison.dtypes = models.dtypes
     merged, result = Merged(own_type(models.dtypes)), ValidationResult(())
     if task.graphs_alone:
         comparison.measure(models.unmerged)
@@ -97,7 +115,7 @@ def result_of(task: Validation) -> ValidationResult:
         how = task.options.merge, task.dequantized, comparison.windows, task.progress
         result = joined(result, Bases(*of_bases, *how).compare())
     if task.exports:
-        merged = _merged(merged, task, comparison.kept_by(models.merged), result)
+        merged = _merged(merged, task, comparison.kept_by_merged(), result)
     models = replace(models, merged=None)  # frees its memory
     return _with_graphs(result, task, models, comparison, merged)
 
@@ -105,8 +123,8 @@ def result_of(task: Validation) -> ValidationResult:
 def measured_by(task: Validation, scratch: Path) -> AnyComparison:
     """A comparison that knows what the unmerged model answers, which is loaded and left again here."""
     task, models = _loaded(task)
-    comparison = _comparison(task, models)
-    comparison.recall(models.unmerged, scratch)
+    comparison = _comparison(task, models, Answers(scratch, task.progress))
+    comparison.recall(models.unmerged)
     return comparison
 
 
@@ -127,28 +145,34 @@ def combined(task: Validation) -> Validation:
 
 
 def _loaded(task: Validation) -> tuple[Validation, Models]:
-    """The models, and the task with the adapters as PEFT took them."""
+    """The unmerged model, and the task with the adapters as PEFT took them."""
     merge, keep = task.options.merge, kept_bytes(task.merged, task.options.max_memory)
     if task.options.bases is not None:
         check_request(task.options.bases, task.base, merge, streamed=keep is not None)
     how = "loading" if keep is None else "streaming, layer by layer,"
     task.progress.stage(f"validate: {how} the unmerged model (PEFT, fp32) and the merged one")
     reference = load_unmerged(task.base, task.adapters, merge, task.dequantized, keep, task.scratch)
-    unmerged = reference.model
-    if task.graphs_alone:
-        models = Models(unmerged, None, stored_dtypes(task.merged, unmerged), keep)
-    else:
-        models = Models(unmerged, *load_merged(task.merged, reference.cls, reference.absent, keep), keep)
-        sentence.attach(models.merged, task.merged)
-    models = replace(models, dtypes={**models.dtypes, **sentence.attach(unmerged, task.settings)})
-    return replace(task, adapters=reference.adapters), models
+    stored = stored_dtypes(task.merged, reference.model) if task.graphs_alone else {}
+    dtypes = {**stored, **sentence.attach(reference.model, task.settings)}
+    return replace(task, adapters=reference.adapters), Models(reference, dtypes, keep)
 
 
-def _comparison(task: Validation, models: Models) -> AnyComparison:
-    """How models of this kind are compared, with the inputs for it."""
+def _with_merged(task: Validation, models: Models) -> Models:
+    reference = models.reference
+    merged, dtypes = load_merged(task.merged, reference.cls, reference.absent, models.keep)
+    sentence.attach(merged, task.merged)
+    return replace(models, merged=merged, dtypes={**dtypes, **models.dtypes})
+
+
+def _comparison(task: Validation, models: Models, answers: Answers) -> AnyComparison:
+    """How models of this kind are compared, with the inputs for it, and what is known of the base."""
     options, model = task.options, plain(models.unmerged)
     inputs = task.settings, models.dtypes, task.prompts, task.text, options, task.progress
-    subject = ModelUnderTest(model, *inputs)
+    if models.keep is not None:  # what is not in memory has no bytes to know it by
+        answers.known = None
+    elif answers.known is not None:
+        answers.depends = of_model(model, models.reference.plain)
+    subject = ModelUnderTest(model, *inputs, answers)
     comparison = kinds.choose(subject.model).comparison(subject)
     if options.bases is not None and not comparison.windows:
         raise InputError(

@@ -19,6 +19,7 @@ from lora_export.packages.contents import is_package
 from lora_export.quantization import describe, method_here, settings_of, with_settings
 from lora_export.report import load as report_of
 from lora_export.storage.sealed import read_json
+from lora_export.workflows.fleet import joined
 from lora_export.workflows.parameters import parameters, parameters_of_base
 from lora_export.workflows.pipelines.inspecting import fit, inspect_file, inspect_pipeline
 
@@ -39,7 +40,7 @@ _SCALINGS = {
 
 
 def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
-    """`kind` (package, run, adapter, onnx, base), and what a person wants to know about that kind."""
+    """`kind` (package, run, fleet, adapter, onnx, base), and what a person wants to know about that kind."""
     if folder.is_file():
         return inspect_file(folder, base)
     if not folder.is_dir():
@@ -52,6 +53,8 @@ def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
         return _run(folder)
     if any((folder / name).is_file() for name in ("export.json", "model.onnx")):
         return _onnx(folder)
+    if joined.is_fleet(str(folder)):
+        return joined.described(folder)
     if is_pipeline(folder):
         return inspect_pipeline(folder)
     if (folder / "config.json").is_file():
@@ -59,7 +62,7 @@ def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
     if (single := single_file(folder)) is not None:
         return inspect_file(single, base)
     raise InputError(
-        "not a base, adapter, ONNX export, run or package",
+        "not a base, adapter, ONNX export, run, package or fleet",
         where=folder,
         expected="a folder with config.json, adapter_config.json, model.onnx or manifest.json",
     )

@@ -1,10 +1,16 @@
 """Fleets that nobody ran: plausible rows by the thousand, for pages and for speed."""
 
 import hashlib
+import json
 import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from lora_export.contracts.fleet import FleetResult, FleetRow, PlannedRow, RowFigures, RowOutcome, State
+from lora_export.contracts.fleet import FleetResult, FleetRow, PlannedRow, Record, RowFigures, RowOutcome, State
+from lora_export.fleet import records
+
+Made = tuple[FleetResult, tuple[PlannedRow, ...]]
 
 BASES = {
     "smol": "HuggingFaceTB/SmolLM2-135M-Instruct@7e27bd9",
@@ -89,3 +95,42 @@ class FolderPlace:
 
     def records(self, place: str) -> dict[str, bytes]:
         return {p.parent.name: p.read_bytes() for p in (self.folder / place).glob("*/record.json")}
+
+
+def with_row(made: Made, at: int, *, plan: dict[str, Any] | None = None, **changed: Any) -> Made:
+    """The same fleet with one other outcome."""
+    rows, planned = list(made[0].rows), list(made[1])
+    rows[at] = replace(rows[at], **changed)
+    planned[at] = replace(planned[at], **(plan or {}))
+    return replace(made[0], rows=tuple(rows)), tuple(planned)
+
+
+def again(made: Made) -> Made:
+    """The outcomes and the plan of a run that finds all of it there."""
+    rows, planned = [], []
+    for outcome, plan in zip(*(made[0].rows, made[1]), strict=True):
+        state = "skipped" if outcome.state == "done" else outcome.state
+        stands = state in ("skipped", "gate", "refused")
+        rows.append(RowOutcome(outcome.name, outcome.key, state, error=outcome.error))
+        told = {"state": state, "base_key": "", "alone": "", "error": outcome.error} if stands else {}
+        planned.append(replace(plan, **told))  # type: ignore[arg-type]
+    return FleetResult(made[0].root, tuple(rows)), tuple(planned)
+
+
+def renamed(row: FleetRow) -> FleetRow:
+    return replace(row, adapters=("elsewhere/the-same-files",))
+
+
+def finished(made: Made) -> Made:
+    """Without rows that are tried in every run."""
+    keep = [at for at, row in enumerate(made[0].rows) if row.state not in ("died", "timeout")]
+    return replace(made[0], rows=tuple(made[0].rows[k] for k in keep)), tuple(made[1][k] for k in keep)
+
+
+def keep(store: Any, outcome: RowOutcome, plan: PlannedRow, created: str = "") -> None:
+    """What a worker leaves of a row: record and name."""
+    record = Record(1, outcome.key, {}, outcome, {}, base_key=plan.base_key, created=created)
+    store.create(f"{outcome.place}/record.json", records.encoded(records.finished(record, {})))
+    if outcome.state == "done":
+        named = json.dumps({"key": outcome.key, "place": outcome.place}).encode()
+        store.replace(f"names/{outcome.name}.json", named)

@@ -26,6 +26,14 @@ def options(precision: str = "fp32", **export: Any) -> StoryOptions:
     )
 
 
+def with_short_texts(how: StoryOptions, folder: Path) -> StoryOptions:
+    """That a validation takes a second."""
+    (folder / "text.txt").write_text("a few words that are read by every model here, and then again. " * 4)
+    (folder / "prompts.txt").write_text("a few words\n")
+    texts = replace(how.validation, text=folder / "text.txt", prompts=folder / "prompts.txt")
+    return replace(how, validation=texts)
+
+
 def planned(base: Path, adapter: Path, how: StoryOptions | None = None, **row: Any) -> PlannedRow:
     made = FleetRow(adapter.name, "base", str(base), (str(adapter),), how or options(), **row)
     hashes, choices = Hashes(), adapter_choices(str(adapter))

@@ -145,6 +145,8 @@ def test_plan_takes_states_from_the_store(base: Path, store: Store, tmp_path: Pa
     put(store, "objects", keys["done"], "done", tmp_path)
     put(store, "failed", keys["gate"], "gate", tmp_path)
     put(store, "failed", keys["no"], "refused", tmp_path)
+    put(store, "objects", "0" * 64, "done", tmp_path)  # of another jobs file, and of no interest
+    assert set(store.records("objects", set(keys.values()))) == {keys["done"]} < set(store.records("objects"))
     found = planned(several, store, tmp_path)
     states = {"new": None, "done": "skipped", "gate": "gate", "no": "refused"}
     assert {n: p.state for n, p in found.items()} == states

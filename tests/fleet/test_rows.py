@@ -18,21 +18,30 @@ from lora_export.fleet.records import decoded
 from lora_export.fleet.stores.folder import FolderStore
 from lora_export.storage.sealed import hashed
 from lora_export.workflows.fleet import prepared
-from tests.fleet.making import carry_out, node, options, planned
+from tests.fleet.making import carry_out, node, options, planned, with_short_texts
 from tests.validation.conftest import save_adapter, save_base
 
 
-class Fleet:
-    """A base that is prepared, and two adapters of it."""
+class Inputs:
+    """A base, and where a fleet works."""
 
     def __init__(self, folder: Path, how: StoryOptions) -> None:
         self.folder, self.root, self.scratch = folder, folder / "ROOT", folder / "scratch"
+        self.how = how
         self.base = save_base(folder / "base", torch.float32)
+
+    def alone(self, adapter: Path) -> PlannedRow:
+        """A row that shares nothing, so that its base needs no preparation."""
+        return replace(planned(self.base, adapter, self.how), base_key="", alone="as a test")
+
+
+class Fleet(Inputs):
+    """With the base prepared, and two adapters of it."""
+
+    def __init__(self, folder: Path, how: StoryOptions) -> None:
+        super().__init__(folder, how)
         self.adapters = [save_adapter(self.base, folder / f"adapter-{i}", seed=1 + i) for i in range(2)]
-        (folder / "text.txt").write_text("a few words that are read by every model here, and then again. " * 4)
-        (folder / "prompts.txt").write_text("a few words\n")
-        texts = replace(how.validation, text=folder / "text.txt", prompts=folder / "prompts.txt")
-        self.how = replace(how, validation=texts)
+        self.how = with_short_texts(how, folder)
         self.prepared = carry_out("base", self.planned(0), self.root, self.scratch)
 
     def planned(self, which: int, **row: Any) -> PlannedRow:
@@ -52,6 +61,11 @@ class Fleet:
 
 
 @pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return Inputs(tmp_path_factory.mktemp("inputs"), options())
+
+
+@pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("fleet")
     with node(folder / "scratch"):
@@ -63,10 +77,20 @@ def done(fleet: Fleet) -> RowOutcome:
     return fleet.row(1)
 
 
+def poisoned(inputs: Inputs, folder: Path) -> Path:
+    """An adapter with NaN in it."""
+    adapter = save_adapter(inputs.base, folder / "poisoned", seed=77)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    name = next(iter(weights))
+    save_file(weights | {name: torch.full_like(weights[name], float("nan"))}, adapter / "adapter_model.safetensors")
+    return adapter
+
+
 def of(fleet: Fleet, outcome: RowOutcome) -> Path:
     return fleet.root / outcome.place
 
 
+@pytest.mark.slow
 def test_prepare_base_keeps_export_answers_and_measurement(fleet: Fleet) -> None:
     assert fleet.prepared.state == "done", fleet.prepared.error
     folder = of(fleet, fleet.prepared)
@@ -76,6 +100,7 @@ def test_prepare_base_keeps_export_answers_and_measurement(fleet: Fleet) -> None
     assert carry_out("base", fleet.planned(0), fleet.root, fleet.scratch).state == "skipped"
 
 
+@pytest.mark.slow
 def test_row_of_a_shared_base_is_a_whole_run_with_its_record(fleet: Fleet, done: RowOutcome) -> None:
     assert done.state == "done", done.error
     folder = of(fleet, done)
@@ -96,6 +121,7 @@ def test_row_of_a_shared_base_is_a_whole_run_with_its_record(fleet: Fleet, done:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_row_of_a_shared_base_says_what_was_measured(fleet: Fleet, done: RowOutcome) -> None:
     folder = of(fleet, done)
     report = json.loads((folder / "report" / "report.json").read_text())
@@ -107,6 +133,7 @@ def test_row_of_a_shared_base_says_what_was_measured(fleet: Fleet, done: RowOutc
     assert report["validate"]["seed"] == int(fleet.prepared.key[:8], 16) % 2**31
 
 
+@pytest.mark.slow
 def test_row_starts_no_process_of_an_engine(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_export.onnx_export.engines.isolated import Worker
 
@@ -115,6 +142,7 @@ def test_row_starts_no_process_of_an_engine(fleet: Fleet, monkeypatch: pytest.Mo
     assert outcome.state == "done", outcome.error
 
 
+@pytest.mark.slow
 def test_row_with_the_same_key_has_the_same_bytes(fleet: Fleet, done: RowOutcome) -> None:
     root = fleet.other("other")
     again = fleet.row(1, root)
@@ -133,22 +161,19 @@ def test_row_with_the_same_key_has_the_same_bytes(fleet: Fleet, done: RowOutcome
     assert one["merge"]["records"] == two["merge"]["records"]
 
 
-def test_row_whose_adapter_is_damaged_is_refused_and_stops_no_other(fleet: Fleet, tmp_path: Path) -> None:
-    adapter = save_adapter(fleet.base, tmp_path / "poisoned", seed=77)
-    weights = load_file(adapter / "adapter_model.safetensors")
-    name = next(iter(weights))
-    save_file(weights | {name: torch.full_like(weights[name], float("nan"))}, adapter / "adapter_model.safetensors")
-    one = planned(fleet.base, adapter, fleet.how)
-    outcome = carry_out("row", one, fleet.root, fleet.scratch)
+def test_row_whose_adapter_is_damaged_is_refused_and_stops_no_other(inputs: Inputs, tmp_path: Path) -> None:
+    one = inputs.alone(poisoned(inputs, tmp_path))
+    outcome = carry_out("row", one, inputs.root, inputs.scratch)
     assert outcome.state == "refused" and outcome.error is not None and "NaN" in str(outcome.error["found"])
-    record = decoded((fleet.root / "failed" / one.key / "record.json").read_bytes(), "")
+    record = decoded((inputs.root / "failed" / one.key / "record.json").read_bytes(), "")
     assert record.outcome.error == outcome.error and not record.files
-    assert str(fleet.scratch) not in json.dumps(outcome.error)
-    assert not (fleet.root / "objects" / one.key).exists()
+    assert str(inputs.scratch) not in json.dumps(outcome.error)
+    assert not (inputs.root / "objects" / one.key).exists()
     # Tried again, the verdict takes the place of the earlier one.
-    assert carry_out("row", one, fleet.root, fleet.scratch).state == "refused"
+    assert carry_out("row", one, inputs.root, inputs.scratch).state == "refused"
 
 
+@pytest.mark.slow
 def test_row_whose_base_was_slower_fails_the_gate_and_keeps_the_evidence(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -187,7 +212,7 @@ def test_row_whose_base_was_slower_fails_the_gate_and_keeps_the_evidence(
     ids=lambda e: type(e).__name__,
 )
 def test_row_that_a_machine_could_not_do_is_no_verdict(
-    error: Exception, fleet: Fleet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    error: Exception, inputs: Inputs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import lora_export.pipeline
 
@@ -195,22 +220,23 @@ def test_row_that_a_machine_could_not_do_is_no_verdict(
         raise error
 
     monkeypatch.setattr(lora_export.pipeline, "merge_and_export", fails)
-    adapter = save_adapter(fleet.base, tmp_path / "adapter", seed=79)
-    one = planned(fleet.base, adapter, fleet.how)
-    outcome = carry_out("row", one, fleet.root, fleet.scratch)
+    adapter = save_adapter(inputs.base, tmp_path / "adapter", seed=79)
+    one = inputs.alone(adapter)
+    outcome = carry_out("row", one, inputs.root, inputs.scratch)
     assert outcome.state == "died" and outcome.error is not None and outcome.error["found"]
-    assert not (fleet.root / "failed" / one.key).exists() and not (fleet.root / "objects" / one.key).exists()
+    assert not (inputs.root / "failed" / one.key).exists() and not (inputs.root / "objects" / one.key).exists()
 
 
-def test_row_whose_input_changed_since_the_plan_keeps_nothing(fleet: Fleet, tmp_path: Path) -> None:
-    adapter = save_adapter(fleet.base, tmp_path / "adapter", seed=80)
-    one = planned(fleet.base, adapter, fleet.how)
-    save_adapter(fleet.base, adapter, seed=81)
-    outcome = carry_out("row", one, fleet.root, fleet.scratch)
+def test_row_whose_input_changed_since_the_plan_keeps_nothing(inputs: Inputs, tmp_path: Path) -> None:
+    adapter = save_adapter(inputs.base, tmp_path / "adapter", seed=80)
+    one = inputs.alone(adapter)
+    save_adapter(inputs.base, adapter, seed=81)
+    outcome = carry_out("row", one, inputs.root, inputs.scratch)
     assert outcome.state == "died" and "another one" in str((outcome.error or {})["found"])
-    assert not (fleet.root / "objects" / one.key).exists()
+    assert not (inputs.root / "objects" / one.key).exists()
 
 
+@pytest.mark.slow
 def test_opened_base_that_was_changed_in_the_store_is_refused(fleet: Fleet) -> None:
     root = fleet.other("changed")
     file = root / "bases" / fleet.prepared.key / "onnx" / "model.onnx"
@@ -220,6 +246,7 @@ def test_opened_base_that_was_changed_in_the_store_is_refused(fleet: Fleet) -> N
     assert outcome.state == "died" and "changed" in str((outcome.error or {})["found"])
 
 
+@pytest.mark.slow
 def test_row_that_keeps_its_package_keeps_report_and_certificate(fleet: Fleet) -> None:
     outcome = fleet.row(1, target="genai", keep="package")
     assert outcome.state == "done", outcome.error
@@ -228,3 +255,39 @@ def test_row_that_keeps_its_package_keeps_report_and_certificate(fleet: Fleet) -
         "package", "report", "lora_export_certificate.json", "record.json",
     }  # fmt: skip
     assert (folder / "package" / "manifest.json").is_file()
+
+
+def test_prepare_base_with_a_damaged_adapter_is_refused_before_any_export(
+    inputs: Inputs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import lora_export.onnx_export
+
+    monkeypatch.setattr(lora_export.onnx_export, "export", lambda *a, **k: pytest.fail("the base was exported"))
+    one = planned(inputs.base, poisoned(inputs, tmp_path), inputs.how)
+    outcome = carry_out("base", one, inputs.root, inputs.scratch)
+    assert outcome.state == "refused" and "NaN" in str((outcome.error or {})["found"])
+    assert not (inputs.root / "bases" / one.base_key).exists()
+
+
+def test_manifest_of_many_runs_hashes_a_base_once_and_again_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_export import manifest
+
+    read: list[Path] = []
+
+    def counted(path: Path, root: Path | None = None) -> Any:
+        read.append(path)
+        return hashed(path, root)
+
+    monkeypatch.setattr(manifest, "hashed", counted)
+    monkeypatch.setattr(manifest, "_SETTLED", -1)
+    monkeypatch.setattr(manifest, "_known", {})
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"one")
+    first = manifest._input_hashes(tmp_path, manifest._hashed_once)
+    assert manifest._input_hashes(tmp_path, manifest._hashed_once) == first and len(read) == 1
+    file.write_bytes(b"two")
+    assert manifest._input_hashes(tmp_path, manifest._hashed_once) != first and len(read) == 2
+    # A verification reads what is there.
+    assert not manifest.same_inputs("base_files", first, tmp_path)[0].passed

@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -98,7 +98,7 @@ class FolderStore:
             for name in sorted((*files, *links)):
                 yield (below / name).as_posix()
 
-    def records(self, place: str) -> Mapping[str, bytes]:
+    def records(self, place: str, only: Container[str] | None = None) -> Mapping[str, bytes]:
         folder = self._path(f"{checked_name(place, self.where)}/KEY").parent
         with disk_errors(self.where):
             try:
@@ -107,7 +107,7 @@ class FolderStore:
                 return {}
             try:
                 with os.scandir(fd) as entries:
-                    keys = sorted(entry.name for entry in entries)
+                    keys = sorted(e.name for e in entries if only is None or e.name in only)
                 parts = [keys[i : i + READ] for i in range(0, len(keys), READ)]
                 with ThreadPoolExecutor(READERS, "records") as pool:
                     found = pool.map(lambda part: [(key, _record_in(fd, key)) for key in part], parts)
@@ -122,7 +122,7 @@ class FolderStore:
         if first:
             with self._writing() as work:
                 with _moved(folder, work) as moved:
-                    files = _files(work) if moved else _copies(folder, work)
+                    files = _files(work, record.files) if moved else _copies(folder, work)
                     first = self._publish(files, work, path, record, there)
                 disk.sync(path.parent)
         shutil.rmtree(folder, ignore_errors=True)
@@ -256,9 +256,13 @@ def _moved(folder: Path, work: Writing) -> Iterator[bool]:
         raise
 
 
-def _files(work: Writing) -> dict[str, StoredFile]:
+def _files(work: Writing, known: Mapping[str, StoredFile]) -> dict[str, StoredFile]:
+    """known: what the caller has hashed itself, in the folder that is his alone."""
     files = {}
     for name, path in regular_files(work.path).items():
+        if name in known and known[name].bytes == path.lstat().st_size:
+            files[name] = known[name]
+            continue
         with path.open("rb", buffering=0) as file:
             files[name] = hashed(blocks_of(file), work.alive)
     return files

@@ -7,7 +7,7 @@ created last and only if there is none.
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -70,8 +70,8 @@ class ObjectStore:
         for one in self.bucket.files(place):
             yield one.name
 
-    def records(self, place: str) -> Mapping[str, bytes]:
-        keys = self.bucket.folders(checked_name(place, self.where))
+    def records(self, place: str, only: Container[str] | None = None) -> Mapping[str, bytes]:
+        keys = [k for k in self.bucket.folders(checked_name(place, self.where)) if only is None or k in only]
         raws = _at_once(READERS, self.read, [f"{place}/{key}/{NAME}" for key in keys])
         return {key: raw for key, raw in zip(keys, raws, strict=True) if raw is not None}
 

@@ -1,6 +1,6 @@
 """What a fleet asks of the place that its objects lie in."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -26,8 +26,9 @@ class Store(Protocol):
     def names(self, place: str) -> Iterator[str]:
         """Every file below a folder ("": of the root), with the folder, in no particular order."""
 
-    def records(self, place: str) -> Mapping[str, bytes]:
-        """KEY → record.json of every PLACE/KEY/, in as few requests as the store allows."""
+    def records(self, place: str, only: Container[str] | None = None) -> Mapping[str, bytes]:
+        """KEY → record.json of every PLACE/KEY/, in as few requests as the store allows. only: keys that matter, of
+        all that a root has gathered."""
 
     def publish(self, folder: Path, place: str, record: Record, *, again: bool = False) -> bool:
         """Put a local folder at PLACE, its record last; False if another writer was first, whose object stays as it

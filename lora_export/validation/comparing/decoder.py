@@ -1,6 +1,6 @@
 """How a decoder is compared: floors first, then the merged model in fp32, as it is loaded, and as an ONNX graph."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,15 @@ from lora_export.validation.comparing.arithmetic import InTypes
 from lora_export.validation.comparing.comparison import SOME, Graph, LogitsComparison
 from lora_export.validation.comparing.logits import Difference, compare_logits
 from lora_export.validation.comparing.tested_model import plain, running, takes
-from lora_export.validation.comparing.thresholds import Greedy, decoder_checks, graph_checks, reported
+from lora_export.validation.comparing.thresholds import Greedy, decoder_checks, reported
 from lora_export.validation.effect import effect
 from lora_export.validation.graphs.runs import OnnxDecoder
 
 RUN_TO_RUN = "the same forward run twice; added to every noise floor"
 PADDED = 4  # prompts that are run in one batch, the shortest ones
 GREEDY_TOKENS = 64
+SURE = 2.0**-14  # of the largest logit: 64 times what the order of fp32 sums changes
+BASE = "base_"  # how the names of checks of the base's graph begin
 TOKENS_WITHOUT_CACHE = 16  # each of which reads the whole text again
 # What transformers' caches raise that a model's layers cannot use: hybrids of attention and recurrence have some.
 _UNUSABLE = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -31,41 +33,65 @@ class DecoderComparison(LogitsComparison):
 
     text: Sequence[torch.Tensor] = ()
     steps: int = GREEDY_TOKENS
-    _recalled: tuple[effect.LogitsOf, effect.LogitsOf] | None = None
+    _base_text: Sequence[torch.Tensor] = ()  # logits on `text`
+    _unmerged_text: Sequence[torch.Tensor] = ()
+    _written_by_base: Sequence[torch.Tensor] = ()
     _continued: list[torch.Tensor] = field(default_factory=list)
-    _perplexities: list[Perplexity] = field(default_factory=list)
+    _ran: dict[tuple[Path, ...], "DecoderRun"] = field(default_factory=dict)
 
     INPUTS = "prompts"
-    KEEPS_ANSWERS = False  # the effect is measured on windows of the text
 
-    def _measure_base(self, base: Any) -> None:
-        self._perplexities += self._perplexity("base", base)
+    @property
+    def _given(self) -> Mapping[str, object]:
+        return {"tokens": self.tokens, "text": self.text, "steps": self.steps}
+
+    def _measure_base(self, unmerged: Any) -> None:
+        self._base_text = self._of_base("text", unmerged, self._on_text)
 
     def _measure_unmerged(self, unmerged: Any) -> None:
         self._again = (self._from_unmerged(self._outputs(unmerged)),)
 
     def _continue(self, unmerged: Any) -> None:
-        self._perplexities += self._perplexity("unmerged", unmerged)
+        self._unmerged_text = self._shelf(self._on_text(unmerged))
         self.progress.stage("validate: greedy continuations")
-        for ids in self._prompts:
-            self._continued.append(greedy(unmerged, ids, self.steps))
-            self._steps.append(greedy_steps(unmerged, ids, self._continued[-1]))
+        drafts = next((run.tokens for run in self._ran.values()), [None] * len(self._prompts))
+        texts = [written(unmerged, ids, self.steps, d) for ids, d in zip(self._prompts, drafts, strict=True)]
+        self._continued = [text.tokens for text in texts]
+        self._steps = self._shelf(text.logits for text in texts)
+        self._written_by_base = self._of_base("greedy texts", unmerged, self._beginnings)
+
+    def _beginnings(self, base: Any) -> Iterator[torch.Tensor]:
+        return (greedy(base, ids, self._shown) for ids in self._prompts)
+
+    @property
+    def _shown(self) -> int:
+        """Tokens of a greedy text that a report shows."""
+        return max(1, self.steps // 2)
 
     def _compared(self, unmerged: Any, merged: Any) -> ValidationResult:
-        parted = self._parted(self._follow(merged))
-        judged = self.judge(merged, parted)
+        followed = [logits for _, logits in self._followed(merged)]
+        parted = self._parted([logits.argmax(-1) for logits in followed])
+        self._merged = self._shelf(self._outputs(merged))
+        judged = self._judged(self._merged, parted)
+        perplexities = [
+            *self._perplexity("base", self._base_text),
+            *self._perplexity("unmerged", self._unmerged_text),
+            *self._perplexity("merged", self._on_text(merged)),
+        ]
         return ValidationResult(
             checks=(*judged.checks, reported("run_to_run_max_abs", self._again[0].max_abs, RUN_TO_RUN)),
-            samples=self._samples(unmerged, merged, parted),
+            samples=self._samples(merged, followed, parted),
             kl_by_position=judged.kl_by_position,
-            perplexities=(*self._perplexities, *self._perplexity("merged", merged)),
+            perplexities=tuple(perplexities),
         )
 
-    def judge(self, merged: Any, parted: Greedy | None = None) -> ValidationResult:
-        """The checks of a merged model alone, after `measure`. parted: its continuations, if known."""
+    def judge(self, merged: Any) -> ValidationResult:
+        """The checks of a merged model alone, after `measure`."""
+        return self._judged(self._outputs(merged), self._parted(self._follow(merged)))
+
+    def _judged(self, outputs: Iterable[torch.Tensor], parted: Greedy) -> ValidationResult:
         where = "rounding errors of the output type on the unmerged model, and the order of fp32 sums"
-        apart = self._from_unmerged(self._outputs(merged))
-        parted = parted or self._parted(self._follow(merged))
+        apart = self._from_unmerged(outputs)
         floor = self._floor(where, self._rounding, self._sums)
         checks = decoder_checks(floor, apart, parted, self.factor)
         return ValidationResult(tuple(checks), kl_by_position=apart.kl)
@@ -86,81 +112,138 @@ class DecoderComparison(LogitsComparison):
         floor = self._floor(where, self._rounding, (narrow,))
         apart = self._from_unmerged(self._outputs(loaded))
         checks = decoder_checks(floor, apart, self._parted(self._follow(loaded)), self.factor, prefix="loaded_")
-        return checks, self._perplexity(f"merged as loaded ({dtype})", loaded)
+        return checks, self._perplexity(f"merged as loaded ({dtype})", self._on_text(loaded))
 
-    def _outputs(self, model: Any, first: int | None = None) -> list[torch.Tensor]:
+    def _outputs(self, model: Any, first: int | None = None) -> Iterator[torch.Tensor]:
         return logits(model, self.tokens[:first])
 
-    def _runner(self, graph: Graph) -> OnnxDecoder:
-        return OnnxDecoder(graph.paths[0], graph.provider)
+    def _on_text(self, model: Any) -> Iterator[torch.Tensor]:
+        return logits(model, self.text)
 
-    def _answers(self, runner: OnnxDecoder) -> list[torch.Tensor]:
-        return [runner.logits(ids) for ids in self.tokens]
+    def run_first(self, paths: tuple[Path, ...], provider: str) -> None:
+        """Run a graph before any model that is compared with it needs the memory. Its greedy texts are a guess at
+        the unmerged model's."""
+        self.progress.stage("validate: the exported graph in ONNX Runtime")
+        self._ran[paths] = self._run(paths, provider, greedy=True)
+
+    def _session(self, paths: tuple[Path, ...], provider: str) -> Any:
+        return OnnxDecoder(paths[0], provider)
+
+    def _run(self, paths: tuple[Path, ...], provider: str, greedy: bool) -> "DecoderRun":
+        """All that is asked of a graph, in one session, which is closed again."""
+        session = self._session(paths, provider)
+        answers = self._shelf(session.logits(ids) for ids in self.tokens)
+        padded = self._shelf(session.padded_logits(self._padded_tokens(session.equal_rows)))
+        texts = [session.greedy(ids, self.steps) for ids in self._prompts] if greedy else []
+        low = answers if self._reads_prompts else self._shelf(session.logits(ids) for ids in self.text)
+        return DecoderRun(answers, padded, session.equal_rows, texts, low)
+
+    def _runner(self, graph: Graph) -> "DecoderRun":
+        return self._ran.get(graph.paths) or self._run(graph.paths, graph.provider, not graph.prefix.endswith(BASE))
+
+    def _answers(self, runner: "DecoderRun") -> Sequence[torch.Tensor]:
+        return runner.answers
+
+    def _for_effect(self, runner: "DecoderRun", answers: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return runner.low
+
+    def _low_alone(self, graph: Graph) -> Iterator[torch.Tensor]:
+        session = self._session(graph.paths, graph.provider)
+        return (session.logits(ids) for ids in self.windows)
+
+    @property
+    def _reads_prompts(self) -> bool:
+        """Whether the effect is measured on the prompts, because there is no text for it."""
+        return self.windows is not self.text
 
     def _judge_graph(
-        self, graph: Graph, runner: Any, answers: list[torch.Tensor], known: Difference | None, where: str
+        self, graph: Graph, runner: Any, answers: Sequence[torch.Tensor], known: Difference | None, where: str
     ) -> list[Check]:
-        tokens = [runner.greedy(ids, len(c)) for ids, c in zip(self._prompts, self._continued, strict=True)]
         floor = self._floor(where, self._rounding, *self._noise(graph), known=known)
-        return decoder_checks(floor, self._from_unmerged(answers), self._parted(tokens), self.factor, graph.prefix)
+        parted = self._parted(runner.tokens)
+        return decoder_checks(floor, self._from_unmerged(answers), parted, self.factor, graph.prefix)
 
-    def _graph_checks(
-        self, graph: Graph, exact: list[torch.Tensor], answers: list[torch.Tensor], runner: Any
-    ) -> list[Check]:
+    def _beside(
+        self, graph: Graph, exact: Sequence[torch.Tensor], answers: Sequence[torch.Tensor], runner: "DecoderRun"
+    ) -> dict[str, Difference]:
         """One by one through the cache, and all at once with padding."""
-        checks = super()._graph_checks(graph, exact, answers, runner)
-        some = sorted(range(len(self.tokens)), key=lambda i: len(self.tokens[i]))[:PADDED]
-        longest = min(len(self.tokens[i]) for i in some) if runner.equal_rows else None
-        tokens = [self.tokens[i][:longest] for i in some]
-        padded = compare_logits([exact[i][:longest] for i in some], runner.padded_logits(tokens), tokens)
-        floor = self._graph_floor(graph)
-        return [*checks, *graph_checks(floor, padded, self.factor, f"{graph.prefix}padded")]
+        some, tokens = self._padded_prompts, self._padded_tokens(runner.equal_rows)
+        pairs = zip(some, tokens, strict=True)
+        padded = compare_logits((exact[i][: len(ids)] for i, ids in pairs), runner.padded, tokens)
+        return {**super()._beside(graph, exact, answers, runner), "padded": padded}
 
-    def effect(self, unmerged: Any, base: Graph, merged: Graph) -> effect.Effect:
-        graphs = [self._runner(graph).logits for graph in (base, merged)]
-        models = (*(self._recalled or (effect.without_adapter(unmerged), effect.of(unmerged))), *graphs)
-        return effect.measured(self.windows, models, self._noise_of_16_bits(merged))
+    @property
+    def _padded_prompts(self) -> list[int]:
+        return sorted(range(len(self.tokens)), key=lambda i: len(self.tokens[i]))[:PADDED]
 
-    def recall(self, unmerged: Any, scratch: Path) -> None:
+    def _padded_tokens(self, equal_rows: bool) -> list[torch.Tensor]:
+        tokens = [self.tokens[i] for i in self._padded_prompts]
+        return [ids[: min(map(len, tokens))] for ids in tokens] if equal_rows else tokens
+
+    def effect(self, merged: Graph) -> effect.Effect:
+        prompts = self._reads_prompts
+        models = (self._base, self._unmerged) if prompts else (self._base_text, self._unmerged_text)
+        low, low_base = self._low
+        return effect.measured_by(self.windows, (*models, low_base, low), self._noise_of_16_bits(merged))
+
+    def recall(self, unmerged: Any) -> None:
+        if self._reads_prompts:
+            super().recall(unmerged)
+            return
         with running(unmerged):
-            models = effect.without_adapter(unmerged), effect.of(unmerged)
-            kept = [effect.stored(m, self.windows, scratch / n) for n, m in zip(("B", "M"), models, strict=True)]
-        self._recalled = kept[0], kept[1]
+            self._base_text = self._of_base("text", unmerged, self._on_text)
+            self._unmerged_text = self._shelf(self._on_text(unmerged))
 
     @property
     def _prompts(self) -> Sequence[torch.Tensor]:
         return self.tokens[:SOME]
 
-    def _from_unmerged(self, other: list[torch.Tensor]) -> Difference:
+    def _from_unmerged(self, other: Iterable[torch.Tensor]) -> Difference:
         return self._apart(self._unmerged, other)
 
-    def _perplexity(self, name: str, model: Any) -> list[Perplexity]:
-        if not self.text:
-            return []
-        return [effect.perplexity(name, lambda ids: logits(model, [ids])[0], self.text)]
+    def _perplexity(self, name: str, outputs: Iterable[torch.Tensor]) -> list[Perplexity]:
+        """outputs: logits on the text."""
+        return [effect.perplexity_of(name, outputs, self.text)] if self.text else []
+
+    def _followed(self, model: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(the prompt, a model's logits at each step of the unmerged model's continuation of it)."""
+        for ids, continuation in zip(self._prompts, self._continued, strict=True):
+            yield ids, greedy_steps(model, ids, continuation)
 
     def _follow(self, model: Any) -> list[torch.Tensor]:
         """What a model would have chosen at each step of the unmerged model's continuations."""
-        pairs = zip(self._prompts, self._continued, strict=True)
-        return [greedy_steps(model, ids, continuation).argmax(-1) for ids, continuation in pairs]
+        return [steps.argmax(-1) for _, steps in self._followed(model)]
 
-    def _samples(self, unmerged: Any, merged: Any, parted: Greedy) -> tuple[Continuation, ...]:
+    def _samples(self, merged: Any, followed: Sequence[torch.Tensor], parted: Greedy) -> tuple[Continuation, ...]:
+        """followed: the merged model's logits at each step of the unmerged model's texts."""
         samples = []
         shown = {d.prompt: parted.show(d) for d in parted.divergences}
         for i, (ids, continued) in enumerate(zip(self._prompts, self._continued, strict=True)):
-            with unmerged.disable_adapter():
-                before = greedy(unmerged, ids, max(1, len(continued) // 2))
-            after = greedy(merged, ids, max(1, len(continued) // 2))
-            texts = {"prompt": ids, "base": before, "unmerged": continued[: len(after)], "merged": after}
+            begun = continued[: self._shown]
+            after = written(merged, ids, self._shown, begun, followed[i][: self._shown]).tokens
+            texts = {"prompt": ids, "base": self._written_by_base[i], "unmerged": begun, "merged": after}
             decoded = {k: self.tokenizer.decode(v, skip_special_tokens=True) for k, v in texts.items()}
             samples.append(Continuation(**decoded, first_difference=shown.get(i)))
         return tuple(samples)
 
 
+@dataclass(frozen=True)
+class DecoderRun:
+    """What a graph answered: logits on the prompts one by one, and of some in one padded batch, whose rows had to
+    be equally long or not; its greedy texts; logits on the windows."""
+
+    answers: Sequence[torch.Tensor]
+    padded: Sequence[torch.Tensor]
+    equal_rows: bool
+    tokens: Sequence[torch.Tensor]
+    low: Sequence[torch.Tensor]
+
+
 @torch.inference_mode()
-def logits(model: Any, tokens: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def logits(model: Any, tokens: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
     """fp32 logits (length, vocabulary) of each prompt, one prompt at a time so that no padding enters."""
-    return [_forward(model, ids).logits[0].float() for ids in tokens]
+    for ids in tokens:
+        yield _forward(model, ids).logits[0].float()
 
 
 def _forward(model: Any, ids: torch.Tensor) -> Any:
@@ -175,23 +258,64 @@ def has_cache(body: Any) -> bool:
     return {"past_key_values", "use_cache"} <= takes(body)
 
 
+@dataclass(frozen=True)
+class Written:
+    """A greedy text (count,), and the logits (count, vocabulary) at each of its steps, in one forward."""
+
+    tokens: torch.Tensor
+    logits: torch.Tensor
+
+
+def written(
+    model: Any,
+    ids: torch.Tensor,
+    count: int,
+    draft: torch.Tensor | None = None,
+    followed: torch.Tensor | None = None,
+) -> Written:
+    """What `greedy` gives. draft: tokens (count,) that the model is likely to write; followed: its logits at their
+    steps, if known.
+
+    A token of the draft is the model's own where its logits, which one forward gives for all steps, prefer it by
+    far more than the order of sums can change; from the first one on that is not, the model writes itself.
+    """
+    begun = 0
+    if draft is not None:
+        followed = greedy_steps(model, ids, draft) if followed is None else followed
+        begun = _agreed(followed, draft)
+        if begun == count:
+            return Written(draft, followed)
+    tokens = greedy(model, ids, count, *([] if draft is None else [draft[:begun]]))
+    return Written(tokens, greedy_steps(model, ids, tokens))
+
+
+def _agreed(steps: torch.Tensor, draft: torch.Tensor) -> int:
+    """How many tokens of a draft are surely those of a model with these logits (count, vocabulary)."""
+    best = steps.topk(min(2, steps.shape[-1]), -1).values
+    sure = best[:, 0] - best[:, -1] > SURE * steps.abs().amax(-1)
+    differing = (~(sure & (steps.argmax(-1) == draft))).nonzero()
+    return int(differing[0]) if len(differing) else len(draft)
+
+
 @torch.inference_mode()
-def greedy(model: Any, ids: torch.Tensor, count: int = GREEDY_TOKENS) -> torch.Tensor:
+def greedy(
+    model: Any, ids: torch.Tensor, count: int = GREEDY_TOKENS, begun: torch.Tensor | None = None
+) -> torch.Tensor:
     """`count` greedy tokens after the prompt, shape (count,); end-of-text does not stop it.
 
     With a KV cache where the model has one that works. Others keep a state of another kind, each called otherwise,
-    or none: they read the whole text again for each token.
+    or none: they read the whole text again for each token. begun: the first of the tokens, if they are known.
     """
-    body = plain(model)
+    known = ids[:0] if begun is None else begun
+    body, text = plain(model), torch.cat([ids, known])
     if has_cache(body):
         try:
-            return _with_cache(body, ids, count)
+            return torch.cat([known, _with_cache(body, text, count - len(known))])
         except _UNUSABLE:
             pass  # without a cache the model may run all the same; if not, that tells why
-    out = ids
-    for _ in range(count):
-        out = torch.cat([out, _forward(model, out).logits[0, -1:].argmax(-1)])
-    return out[len(ids) :]
+    for _ in range(count - len(known)):
+        text = torch.cat([text, _forward(model, text).logits[0, -1:].argmax(-1)])
+    return text[len(ids) :]
 
 
 def _with_cache(body: Any, ids: torch.Tensor, count: int) -> torch.Tensor:

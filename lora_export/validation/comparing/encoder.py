@@ -11,7 +11,7 @@ from lora_export.contracts import Check, ValidationResult
 from lora_export.errors import InputError
 from lora_export.validation.comparing import sentence
 from lora_export.validation.comparing.comparison import Comparison, Graph
-from lora_export.validation.comparing.logits import largest, max_abs
+from lora_export.validation.comparing.logits import Shift, largest, max_abs
 from lora_export.validation.comparing.tested_model import plain
 from lora_export.validation.comparing.thresholds import FP32_ARITHMETIC, below, reported
 from lora_export.validation.effect.effect import OutputEffect
@@ -20,20 +20,6 @@ from lora_export.validation.graphs.runs import OnnxEncoder
 Outputs = dict[str, torch.Tensor]
 # A pooled vector is a mean of the outputs; 1 − cos of two that differ by fp32 arithmetic alone.
 COSINE_ARITHMETIC = 1e-6
-
-
-@dataclass(frozen=True)
-class Shift:
-    """How far something moves one output: the largest difference, and √(1 − cos) of the pooled vector."""
-
-    max_abs: float = 0.0
-    angle: float = 0.0
-
-    def widest(self, other: "Shift") -> "Shift":
-        return Shift(largest((self.max_abs, other.max_abs)), largest((self.angle, other.angle)))
-
-    def plus(self, other: "Shift", times: float = 1.0) -> "Shift":
-        return Shift(self.max_abs + times * other.max_abs, self.angle + times * other.angle)
 
 
 Shifts = dict[str, Shift]
@@ -58,6 +44,10 @@ class EncoderComparison(Comparison[Outputs, Shifts]):
     def _positions(self) -> int:
         return len(self.batches) * len(self._unmerged[0])
 
+    @property
+    def _given(self) -> Mapping[str, object]:
+        return {"batches": self.batches}
+
     def once(self, model: Any) -> Any:
         return plain(model)(**self.batches[0])
 
@@ -65,7 +55,8 @@ class EncoderComparison(Comparison[Outputs, Shifts]):
         sums = _widest(self._sums)
         noise = {name: shift.plus(sums[name]) for name, shift in _widest(self._rounding).items()}
         where = "rounding errors on the unmerged model, and the order of fp32 sums"
-        checks = self._checks(noise, {}, self._outputs(merged), "", where)
+        self._merged = self._outputs(merged)
+        checks = self._checks(noise, {}, self._merged, "", where)
         floor = Check("noise_floor_max_abs", self._limit(next(iter(self._unmerged[0])), noise), None, True, where)
         return ValidationResult((*checks, floor))
 
@@ -77,7 +68,7 @@ class EncoderComparison(Comparison[Outputs, Shifts]):
         return runner.outputs(self.batches)
 
     def _judge_graph(
-        self, graph: Graph, runner: Any, answers: list[Outputs], known: Shifts | None, where: str
+        self, graph: Graph, runner: Any, answers: Sequence[Outputs], known: Shifts | None, where: str
     ) -> list[Check]:
         self._refuse_unknown(graph, answers)
         noise = self._noise(graph, rounding=True)
@@ -87,9 +78,9 @@ class EncoderComparison(Comparison[Outputs, Shifts]):
             reported(f"{graph.prefix}noise_floor_max_abs", floor, where),
         ]
 
-    def effect(self, unmerged: Any, base: Graph, merged: Graph) -> OutputEffect:
+    def effect(self, merged: Graph) -> OutputEffect:
         """Along every output of the graphs."""
-        low, low_base = self._answered
+        low, low_base = self._low
         # 1 − cos of two vectors is half the square of what is between them, relative to their length.
         angle = largest(shift.angle for shift in _widest(self._arithmetic).values())
         narrow = merged.arithmetic.times > 1
@@ -100,7 +91,7 @@ class EncoderComparison(Comparison[Outputs, Shifts]):
                 effect.add(*(self._valid(o[name], batch) for o in outputs))
         return effect
 
-    def _along(self, outputs: list[Outputs]) -> float:
+    def _along(self, outputs: Sequence[Outputs]) -> float:
         effect = OutputEffect()
         for batch, base, unmerged, other in zip(self.batches, self._base, self._unmerged, outputs, strict=True):
             for name in (n for n in unmerged if n in other):
@@ -108,7 +99,7 @@ class EncoderComparison(Comparison[Outputs, Shifts]):
                 effect.add(b, m, torch.zeros_like(o), o)
         return sum(effect.kept)
 
-    def _refuse_unknown(self, graph: Graph, answers: list[Outputs]) -> None:
+    def _refuse_unknown(self, graph: Graph, answers: Sequence[Outputs]) -> None:
         if not any(name in answers[0] for name in self._unmerged[0]):
             raise InputError(
                 f"no output of the graph ({', '.join(answers[0])}) is one of the model",
@@ -116,9 +107,14 @@ class EncoderComparison(Comparison[Outputs, Shifts]):
                 expected=", ".join(self._unmerged[0]),
             )
 
-    def _graph_checks(self, graph: Graph, exact: list[Outputs], answers: list[Outputs], runner: Any) -> list[Check]:
+    def _beside(
+        self, graph: Graph, exact: Sequence[Outputs], answers: Sequence[Outputs], runner: Any
+    ) -> dict[str, Shifts]:
         self._refuse_unknown(graph, answers)
-        noise = self._noise(graph, rounding=graph.model is None)
+        return super()._beside(graph, exact, answers, runner)
+
+    def _graph_checks(self, graph: Graph, beside: Mapping[str, Shifts]) -> list[Check]:
+        noise = self._noise(graph, rounding=not graph.readable)
         note = (
             f"{self.factor:g} × the noise floor of {graph.arithmetic.words}, against PyTorch with the weights that "
             "the graph holds"
@@ -130,13 +126,13 @@ class EncoderComparison(Comparison[Outputs, Shifts]):
                 self.factor * self._limit(name, noise),
                 note,
             )
-            for name, moved in self._apart(exact, answers).items()
+            for name, moved in beside["graph"].items()
         ]
 
     @torch.inference_mode()
     def _outputs(self, model: Any, first: int | None = None) -> list[Outputs]:
         body = plain(model)
-        return [_all_outputs(body, batch) for batch in self.batches]
+        return [_all_outputs(body, batch) for batch in self.batches[:first]]
 
     def _noise(self, graph: Graph, rounding: bool) -> Shifts:
         """Of the graph's arithmetic, and of the rounding of its weights."""
@@ -147,11 +143,11 @@ class EncoderComparison(Comparison[Outputs, Shifts]):
     def _is_finite(self, apart: Shifts) -> bool:
         return all(math.isfinite(shift.max_abs) for shift in apart.values())
 
-    def _apart(self, reference: list[Outputs], other: list[Outputs]) -> Shifts:
+    def _apart(self, reference: Sequence[Outputs], other: Sequence[Outputs]) -> Shifts:  # type: ignore[override]
         """For each output that both have: how far it moved, over all batches; padding does not count."""
         return {n: self._difference(n, reference, other) for n in reference[0] if n in other[0]}
 
-    def _difference(self, name: str, reference: list[Outputs], other: list[Outputs]) -> Shift:
+    def _difference(self, name: str, reference: Sequence[Outputs], other: Sequence[Outputs]) -> Shift:
         pairs = [
             (self._valid(a[name], batch), self._valid(b[name], batch))
             for a, b, batch in zip(reference, other, self.batches, strict=True)
@@ -173,7 +169,9 @@ class EncoderComparison(Comparison[Outputs, Shifts]):
         scale = largest(float(x[name].abs().max()) for x in (*self._unmerged, *self._base))
         return noise[name].max_abs + scale * FP32_ARITHMETIC
 
-    def _checks(self, noise: Shifts, known: Shifts, answers: list[Outputs], prefix: str, where: str) -> list[Check]:
+    def _checks(
+        self, noise: Shifts, known: Shifts, answers: Sequence[Outputs], prefix: str, where: str
+    ) -> list[Check]:
         """Each output against the unmerged model's. known: what the weights of a graph do, without a factor."""
         shift = "what these weights do in PyTorch + " if known else ""
         note = f"{shift}{self.factor:g} × the noise floor ({where})"

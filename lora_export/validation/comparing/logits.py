@@ -1,4 +1,4 @@
-"""Outputs of two models on the same tokens, compared in float64."""
+"""Outputs of two models on the same inputs, compared in float64."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 TOP = 5
+BLOCK = 32  # positions that are compared at once
 
 
 def largest(values: Iterable[float]) -> float:
@@ -39,25 +40,42 @@ class Difference:
         return sum(self.kl) / len(self.kl)
 
 
+@dataclass(frozen=True)
+class Shift:
+    """How far something moves one output: the largest difference, and √(1 − cos) of the pooled vector."""
+
+    max_abs: float = 0.0
+    angle: float = 0.0
+
+    def widest(self, other: "Shift") -> "Shift":
+        return Shift(largest((self.max_abs, other.max_abs)), largest((self.angle, other.angle)))
+
+    def plus(self, other: "Shift", times: float = 1.0) -> "Shift":
+        return Shift(self.max_abs + times * other.max_abs, self.angle + times * other.angle)
+
+
 # A model beside itself.
 UNMOVED = Difference(0.0, (0.0,), 1.0, 1.0, 0.0, 0.0, 0.0, 1)
 
 
 def compare_logits(
-    reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor], tokens: Sequence[torch.Tensor]
+    reference: Iterable[torch.Tensor], other: Iterable[torch.Tensor], tokens: Sequence[torch.Tensor]
 ) -> Difference:
-    """reference, other: logits (length, vocabulary) of each prompt; tokens: its (length,) ids."""
+    """reference, other: logits (length, vocabulary) of each prompt; tokens: its (length,) ids.
+
+    A few rows at a time, so that the float64 copies stay small however wide the vocabulary is.
+    """
     apart, hits, shared, positions = [], 0, 0.0, 0
     kl: list[float] = []
     nll = torch.zeros(3, dtype=torch.float64)
     for a, b, ids in zip(reference, other, tokens, strict=True):
-        apart.append(max_abs(a, b))
-        hits += int((a.argmax(-1) == b.argmax(-1)).sum())
-        shared += _shared(a, b)
+        rows = [_rows(*pair) for pair in zip(blocks_of(a), blocks_of(b), blocks_of(_next(ids)), strict=True)]
+        apart += [found.apart for found in rows]
+        hits += sum(found.hits for found in rows)
+        shared += float(torch.cat([found.shared for found in rows]).sum())
         positions += len(ids)
-        p, q = torch.log_softmax(a.double(), -1), torch.log_softmax(b.double(), -1)
-        kl += torch.sum(p.exp() * (p - q), -1).clamp_min(0).tolist()
-        p_token, q_token = (x[:-1].gather(-1, ids[1:, None]).squeeze(-1) for x in (p, q))
+        kl += torch.cat([found.kl for found in rows]).tolist()
+        p_token, q_token = (torch.cat([getattr(r, n) for r in rows])[:-1] for n in ("p_token", "q_token"))
         nll += torch.stack([-p_token.sum(), -q_token.sum(), (p_token - q_token).abs().sum()])
     nll /= max(positions - len(tokens), 1)
     nll_reference, nll_other, spread = nll.tolist()
@@ -65,11 +83,46 @@ def compare_logits(
     return Difference(largest(apart), tuple(kl), *agreed, nll_reference, nll_other, spread, positions)
 
 
-def _shared(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The sum over positions of the share of a's most likely tokens that are among b's."""
+@dataclass(frozen=True)
+class _Rows:
+    """Of some positions: `shared`, `kl`, and both log-probabilities of the next token are (positions,)."""
+
+    apart: float
+    hits: int
+    shared: torch.Tensor
+    kl: torch.Tensor
+    p_token: torch.Tensor
+    q_token: torch.Tensor
+
+
+def _rows(a: torch.Tensor, b: torch.Tensor, following: torch.Tensor) -> _Rows:
+    p = torch.log_softmax(a.double(), -1)
+    p_token = p.gather(-1, following[:, None]).squeeze(-1)
+    if torch.equal(a, b) and bool(a.isfinite().all()):  # the same bits: most often one run beside another
+        nothing = torch.zeros(len(a), dtype=torch.float64)
+        return _Rows(0.0, len(a), nothing + 1, nothing, p_token, p_token)
+    q = torch.log_softmax(b.double(), -1)
+    kl = torch.sum(p.exp() * (p - q), -1).clamp_min(0)
+    q_token = q.gather(-1, following[:, None]).squeeze(-1)
+    hits = int((a.argmax(-1) == b.argmax(-1)).sum())
+    return _Rows(max_abs(a, b), hits, _shared(a, b), kl, p_token, q_token)
+
+
+def _next(ids: torch.Tensor) -> torch.Tensor:
+    """The token after each; the last one has none, and its figure is left out."""
+    return torch.cat([ids[1:], ids[:1]])
+
+
+def blocks_of(rows: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Views of BLOCK rows each."""
+    return torch.split(rows, BLOCK) if len(rows) else (rows,)
+
+
+def _shared(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """For each position the share of a's most likely tokens that are among b's."""
     count = min(TOP, a.shape[-1])
     one, other = (x.topk(count, -1).indices for x in (a, b))
-    return float((one[:, :, None] == other[:, None, :]).any(-1).double().mean(-1).sum())
+    return (one[:, :, None] == other[:, None, :]).any(-1).double().mean(-1)
 
 
 def max_abs(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -92,7 +145,7 @@ class Divergence:
 
 
 def greedy_divergences(
-    reference: Sequence[torch.Tensor], tokens: Sequence[torch.Tensor]
+    reference: Iterable[torch.Tensor], tokens: Sequence[torch.Tensor]
 ) -> tuple[float, list[Divergence]]:
     """Share of greedy steps before the first difference, and the differences.
 

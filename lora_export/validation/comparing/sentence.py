@@ -17,7 +17,7 @@ _HEAD = "_sentence_modules"
 
 
 @dataclass(frozen=True)
-class _Head:
+class Head:
     """modules: behind the transformer, in order; layers: the one with weights of each path."""
 
     modules: tuple[SentenceModule, ...]
@@ -41,7 +41,7 @@ def attach(model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None 
         values = {n.partition(".")[2]: (weights or {}).get(module.weight(n), v).float() for n, v in stored.items()}
         layers[module.path] = _layer(module, values)
         body.add_module(module.path, nn.ModuleDict({kind: layers[module.path]}))
-    object.__setattr__(body, _HEAD, _Head(modules, layers))
+    object.__setattr__(body, _HEAD, Head(modules, layers))
     return types
 
 
@@ -57,14 +57,20 @@ def _layer(module: SentenceModule, values: Mapping[str, torch.Tensor]) -> nn.Mod
 
 def embedding(model: Any, states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
     """(rows, width) in the type of the states (rows, length, …); None where no modules were attached."""
-    head: _Head | None = getattr(plain(model), _HEAD, None)
+    head = head_of(model)
     if head is None:
         return None
     kept = torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
     return torch.stack([_row(head, s[at], at.nonzero()[:, 0]) for s, at in zip(states, kept, strict=True)])
 
 
-def _row(head: _Head, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def head_of(model: Any) -> Head | None:
+    """What `attach` put behind a model."""
+    head: Head | None = getattr(plain(model), _HEAD, None)
+    return head
+
+
+def _row(head: Head, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """tokens: (count, width) without padding; places: where they stood in the batch."""
     value = tokens
     for module in head.modules:

@@ -22,20 +22,25 @@ class Seq2SeqComparison(LogitsComparison):
 
     batches: Sequence[Mapping[str, torch.Tensor]]
     steps: int
-    _written_by_base: list[torch.Tensor] = field(default_factory=list)
+    _written_by_base: Sequence[torch.Tensor] = ()
     _written: list[torch.Tensor] = field(default_factory=list)  # by the unmerged model
 
     INPUTS = "texts"
 
-    def _measure_base(self, base: Any) -> None:
-        self._written_by_base = self._generate(base)
+    @property
+    def _given(self) -> Mapping[str, object]:
+        return {"batches": self.batches, "tokens": self.tokens, "steps": self.steps}
+
+    def _measure_base(self, unmerged: Any) -> None:
+        self._written_by_base = self._of_base("greedy texts", unmerged, self._generate)
 
     def _continue(self, unmerged: Any) -> None:
         self._written = self._generate(unmerged)
         self._steps = self._logits(unmerged, self._rows_of(self._before_written()))
 
     def _compared(self, unmerged: Any, merged: Any) -> ValidationResult:
-        apart = self._apart(self._unmerged, self._outputs(merged))
+        self._merged = self._shelf(self._outputs(merged))
+        apart = self._apart(self._unmerged, self._merged)
         generated = self._generate(merged)
         steps = self._logits(merged, self._rows_of(self._before_written()))
         where = "rounding errors of the output type on the unmerged model, and the order of fp32 sums"
@@ -50,11 +55,11 @@ class Seq2SeqComparison(LogitsComparison):
     def _runner(self, graph: Graph) -> OnnxSeq2Seq:
         return OnnxSeq2Seq(graph.paths, graph.provider)
 
-    def _answers(self, runner: OnnxSeq2Seq) -> list[torch.Tensor]:
-        return [runner.logits(*row) for row in self._rows_of(self.tokens)]
+    def _answers(self, runner: OnnxSeq2Seq) -> Iterator[torch.Tensor]:
+        return (runner.logits(*row) for row in self._rows_of(self.tokens))
 
     def _judge_graph(
-        self, graph: Graph, runner: Any, answers: list[torch.Tensor], known: Difference | None, where: str
+        self, graph: Graph, runner: Any, answers: Sequence[torch.Tensor], known: Difference | None, where: str
     ) -> list[Check]:
         steps = [runner.logits(*row) for row in self._rows_of(self._before_written())]
         texts = [runner.greedy(inputs, self.tokens[0][:1], self.steps) for inputs in self.batches]
@@ -62,10 +67,10 @@ class Seq2SeqComparison(LogitsComparison):
         apart = self._apart(self._unmerged, answers)
         return self._checks(floor, apart, steps, list(torch.cat(texts)), graph.prefix)
 
-    def effect(self, unmerged: Any, base: Graph, merged: Graph) -> Effect:
+    def effect(self, merged: Graph) -> Effect:
         """On the teacher-forced texts."""
         effect = Effect(self._noise_of_16_bits(merged))
-        low, low_base = self._answered
+        low, low_base = self._low
         for at in zip(self.tokens, self._base, self._unmerged, low_base, low, strict=True):
             effect.add(*at)
         return effect
@@ -127,7 +132,7 @@ class Seq2SeqComparison(LogitsComparison):
             rows += list(torch.cat(out, 1))
         return rows
 
-    def _samples(self, *texts: list[torch.Tensor]) -> tuple[Continuation, ...]:
+    def _samples(self, *texts: Sequence[torch.Tensor]) -> tuple[Continuation, ...]:
         ids = [x["input_ids"][i] for x in self.batches if "input_ids" in x for i in range(_rows(x))]
         samples = []
         for i, row in enumerate(zip(*texts, strict=True)):

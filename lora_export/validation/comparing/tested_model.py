@@ -5,19 +5,23 @@ import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lora_export.contracts import Progress, ValidationOptions
 from lora_export.errors import InputError
 
+if TYPE_CHECKING:
+    from lora_export.validation.known import Answers
+
 
 @dataclass(frozen=True)
 class ModelUnderTest:
     """model: the reference, whose configuration and signature determine the inputs; folder: where its tokenizer or
     processor may lie; dtypes: stored type of each merged parameter; prompts, text: read from the files of `options`
-    or built in. Nothing here comes from the merged folder, which would otherwise choose what it is judged on."""
+    or built in; answers: what is known of the base. Nothing here comes from the merged folder, which else would
+    choose what it is judged on."""
 
     model: Any
     folder: Path
@@ -26,6 +30,7 @@ class ModelUnderTest:
     text: str
     options: ValidationOptions
     progress: Progress
+    answers: "Answers | None" = None
 
     @property
     def seed(self) -> int:
@@ -34,7 +39,8 @@ class ModelUnderTest:
     @property
     def common(self) -> dict[str, Any]:
         """What every comparison of this model is built with."""
-        return {"dtypes": self.dtypes, "progress": self.progress, "factor": self.options.tolerance}
+        given = {"dtypes": self.dtypes, "progress": self.progress, "factor": self.options.tolerance}
+        return {**given, "answers": self.answers}
 
 
 def takes(model: Any) -> set[str]:

@@ -1,13 +1,13 @@
 """How a model that reads pictures among its tokens is compared: as a decoder, given the pictures of each text."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from lora_export.contracts import ValidationResult
-from lora_export.validation.comparing.comparison import Graph
 from lora_export.validation.comparing.decoder import DecoderComparison
 from lora_export.validation.comparing.tested_model import plain, takes
 from lora_export.validation.graphs.seeing import OnnxVisionLanguage
@@ -45,9 +45,13 @@ class VisionLanguageComparison(DecoderComparison):
         see(plain(unmerged), self.pictures)
         super().measure(unmerged)
 
-    def judge(self, merged: Any, parted: Any = None) -> ValidationResult:
+    @property
+    def _given(self) -> Mapping[str, object]:
+        return {**super()._given, "pictures": [dict(self.pictures.of(ids)) for ids in self.tokens]}
+
+    def judge(self, merged: Any) -> ValidationResult:
         see(plain(merged), self.pictures)
-        return super().judge(merged, parted)
+        return super().judge(merged)
 
     def once(self, model: Any) -> Any:
         see(plain(model), self.pictures)
@@ -57,12 +61,12 @@ class VisionLanguageComparison(DecoderComparison):
         see(plain(merged), self.pictures)
         return super()._compared(unmerged, merged)
 
-    def _outputs(self, model: Any, first: int | None = None) -> list[torch.Tensor]:
+    def _outputs(self, model: Any, first: int | None = None) -> Iterator[torch.Tensor]:
         see(plain(model), self.pictures)
         return super()._outputs(model, first)
 
-    def _runner(self, graph: Graph) -> Any:
-        return OnnxVisionLanguage(graph.paths, graph.provider, self.pictures)
+    def _session(self, paths: tuple[Path, ...], provider: str) -> Any:
+        return OnnxVisionLanguage(paths, provider, self.pictures)
 
 
 def see(body: Any, pictures: Pictures) -> None:

@@ -5,16 +5,14 @@ Logits are taken a window of the text at a time, so that memory does not grow wi
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lora_export.contracts import AdapterSurvival, Perplexity
-from lora_export.storage.disk import check_space
+from lora_export.validation.comparing.logits import blocks_of
 from lora_export.validation.comparing.thresholds import LARGEST_NLL
 
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]  # ids (length,) → logits (length, vocabulary)
@@ -42,39 +40,45 @@ def without_adapter(unmerged: Any) -> LogitsOf:
     return logits
 
 
-def stored(model: LogitsOf, windows: Sequence[torch.Tensor], folder: Path) -> LogitsOf:
-    """The logits of a model on these windows, taken once and kept in files of the new folder. DiskError."""
-    folder.mkdir()
-    files: dict[tuple[int, ...], Path] = {}
-    for at, ids in enumerate(windows):
-        logits = model(ids).float().numpy()
-        if at == 0:
-            check_space(folder, logits.nbytes // len(ids) * sum(map(len, windows)))
-        path = files[tuple(ids.tolist())] = folder / f"{at}.npy"
-        np.save(path, logits)
-    return lambda ids: torch.from_numpy(np.load(files[tuple(ids.tolist())]))
-
-
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     """float64 log-probabilities. A logit that is no number counts as impossible: fp16 overflows to such."""
-    return torch.log_softmax(logits.double().nan_to_num(nan=-1e4, posinf=1e4, neginf=-1e4), -1)
+    return torch.log_softmax(logits.double().nan_to_num_(nan=-1e4, posinf=1e4, neginf=-1e4), -1)
 
 
-def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
-    """Sum over positions of KL(p‖q) in nats; p, q: log-probabilities (length, vocabulary)."""
-    return float((p.exp() * (p - q)).sum(-1).clamp_min(0).sum())
+def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p‖q) in nats at each position, (length,); p, q: log-probabilities (length, vocabulary)."""
+    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
 
 
-def surprise(p: torch.Tensor, ids: torch.Tensor) -> float:
-    """Negative log-likelihood of ids[1:] in nats; p: log-probabilities (length, vocabulary)."""
-    return float(-p[:-1].gather(-1, ids[1:, None]).sum())
+def of_next(p: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    """The log-probability of the token that follows each position, (length,); p: (length, vocabulary)."""
+    return p.gather(-1, following[:, None])[:, 0]
+
+
+def surprise(of_tokens: Sequence[torch.Tensor]) -> float:
+    """Negative log-likelihood of a text in nats; of_tokens: what `of_next` gives, block by block. No token follows
+    the last position."""
+    return float(-torch.cat(list(of_tokens))[:-1].sum())
 
 
 def perplexity(name: str, logits_of: LogitsOf, windows: Sequence[torch.Tensor]) -> Perplexity:
     """exp of the mean negative log-likelihood, in float64, on windows of a text: (length,) ids each, of which the
     first is not predicted."""
-    total = sum(surprise(torch.log_softmax(logits_of(ids).double(), -1), ids) for ids in windows)
+    return perplexity_of(name, map(logits_of, windows), windows)
+
+
+def perplexity_of(name: str, logits: Iterable[torch.Tensor], windows: Sequence[torch.Tensor]) -> Perplexity:
+    """The same of the logits (length, vocabulary) on each window."""
+    total = 0.0
+    for whole, ids in zip(logits, windows, strict=True):
+        at = zip(blocks_of(whole), _following(ids), strict=True)
+        total += surprise([of_next(torch.log_softmax(rows.double(), -1), following) for rows, following in at])
     return as_perplexity(name, total, predicted(windows))
+
+
+def _following(ids: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The token after each, block by block; after the last any."""
+    return blocks_of(ids.roll(-1))
 
 
 def as_perplexity(name: str, surprise: float, tokens: int) -> Perplexity:
@@ -89,9 +93,13 @@ def distance(reference: LogitsOf, model: LogitsOf, windows: Sequence[torch.Tenso
     """Of a model on a text from a reference: (its perplexity, the mean KL(reference‖model) in nats)."""
     lost, nats = 0.0, 0.0
     for ids in windows:
-        q = log_probabilities(model(ids))
-        lost += divergence(log_probabilities(reference(ids)), q)
-        nats += surprise(q, ids)
+        apart, tokens = [], []
+        for a, b, following in zip(blocks_of(reference(ids)), blocks_of(model(ids)), _following(ids), strict=True):
+            p, q = log_probabilities(a), log_probabilities(b)
+            apart.append(divergence(p, q))
+            tokens.append(of_next(q, following))
+        lost += float(torch.cat(apart).sum())
+        nats += surprise(tokens)
     value = as_perplexity("", nats, predicted(windows)).value
     return value, lost / sum(len(ids) for ids in windows)
 
@@ -99,8 +107,11 @@ def distance(reference: LogitsOf, model: LogitsOf, windows: Sequence[torch.Tenso
 def along(base: torch.Tensor, merged: torch.Tensor, other: torch.Tensor) -> float:
     """Σ (p_M − p_B)·ℓ of other logits: its part in the direction of the adapter's change. Each
     (length, vocabulary)."""
-    b, m, other = (log_probabilities(x) for x in (base, merged, other))
-    return float(((m.exp() - b.exp()) * other).sum())
+    parts = []
+    for at in zip(*map(blocks_of, (base, merged, other)), strict=True):
+        b, m, o = (log_probabilities(x) for x in at)
+        parts.append(((m.exp() - b.exp()) * o).sum(-1))
+    return float(torch.cat(parts).sum())
 
 
 def effect_exists(whole: float, positions: int, noise: float = 0.0) -> bool:
@@ -194,17 +205,21 @@ class Effect(AnyEffect):
     def add(self, ids: torch.Tensor, base: torch.Tensor, merged: torch.Tensor, low_base: torch.Tensor,
             low: torch.Tensor) -> None:  # fmt: skip
         """One window: ids (length,), and the logits (length, vocabulary) of the four models on it."""
-        b, m, bq, q = (log_probabilities(x) for x in (base, merged, low_base, low))
-        change = m.exp() - b.exp()
-        self.whole.append(float((change * (m - b)).sum()))
-        self.kept.append(float((change * (q - bq)).sum()))
-        self.kl_base += divergence(b, m)
-        self.lost.append(divergence(m, q))
-        self.lost_of_base += divergence(b, bq)
+        logits = map(blocks_of, (base, merged, low_base, low))
+        rows = [_Rows.of(*block) for block in zip(_following(ids), *logits, strict=True)]
+
+        def sums(name: str) -> float:
+            return float(torch.cat([getattr(found, name) for found in rows]).sum())
+
+        self.whole.append(sums("whole"))
+        self.kept.append(sums("kept"))
+        self.kl_base += sums("kl_base")
+        self.lost.append(sums("lost"))
+        self.lost_of_base += sums("lost_of_base")
         self.lengths.append(len(ids))
         self.predicted += len(ids) - 1
-        for name, p in zip(self.surprises, (b, m, bq, q), strict=True):
-            self.surprises[name] += surprise(p, ids)
+        for at, name in enumerate(self.surprises):
+            self.surprises[name] += surprise([found.tokens[at] for found in rows])
 
     @property
     def count(self) -> int:
@@ -224,12 +239,43 @@ class Effect(AnyEffect):
         return tuple(as_perplexity(name, self.surprises[key], self.predicted) for key, name in names)
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Of some positions of a window, (positions,) each; tokens: log-probabilities of the next one by each model."""
+
+    whole: torch.Tensor
+    kept: torch.Tensor
+    kl_base: torch.Tensor
+    lost: torch.Tensor
+    lost_of_base: torch.Tensor
+    tokens: Sequence[torch.Tensor]
+
+    @classmethod
+    def of(cls, following: torch.Tensor, *logits: torch.Tensor) -> "_Rows":
+        b, m, bq, q = (log_probabilities(x) for x in logits)
+        change = m.exp() - b.exp()
+        return cls(
+            (change * (m - b)).sum(-1),
+            (change * (q - bq)).sum(-1),
+            divergence(b, m),
+            divergence(m, q),
+            divergence(b, bq),
+            [of_next(p, following) for p in (b, m, bq, q)],
+        )
+
+
 def measured(windows: Sequence[torch.Tensor], models: Sequence[LogitsOf], noise: float = 0.0) -> Effect:
     """models: base, merged, and both in lower precision."""
+    return measured_by(windows, [map(logits_of, windows) for logits_of in models], noise)
+
+
+def measured_by(
+    windows: Sequence[torch.Tensor], logits: Sequence[Iterable[torch.Tensor]], noise: float = 0.0
+) -> Effect:
+    """logits: of the four models, on each window."""
     effect = Effect(noise)
-    for ids in windows:
-        base, merged, low_base, low = (logits_of(ids) for logits_of in models)
-        effect.add(ids, base, merged, low_base, low)
+    for ids, *of_models in zip(windows, *logits, strict=True):
+        effect.add(ids, *of_models)
     return effect
 
 

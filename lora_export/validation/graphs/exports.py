@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ import torch
 
 from lora_export.contracts import ExportedPair
 from lora_export.errors import ExportError
+from lora_export.sentence_modules import modules_of, weight_files
 from lora_export.validation.comparing.arithmetic import Arithmetic
 from lora_export.validation.comparing.comparison import Comparison, Graph
+from lora_export.validation.comparing.decoder import BASE
 from lora_export.validation.effect.precisions import JudgedExport
 from lora_export.validation.graphs import weights as graph_weights
-from lora_export.validation.graphs.model import GraphModel, graph_model
+from lora_export.validation.graphs.model import GraphModel, graph_model, shapes_of, tied
 from lora_export.validation.graphs.moments import Moments
 from lora_export.validation.graphs.numbers import Expected, base_numbers, effective_numbers, numbers_of
+from lora_export.validation.known import files_digest, hash_of
+from lora_export.validation.reference.probes import saved_whole, wrapped_modules
 
 QUANTIZED = ("int4", "int8", "nf4")
 _INT8 = 4
@@ -48,15 +53,46 @@ class Judge:
                 of = "the unmerged model" if self.alone else "the merged folder"
                 checks += held.checks(pair.prefix, of)
         graph = replace(graph, model=None)  # frees it before the base's is loaded
-        prefix = f"{pair.prefix}base_"
-        with self._model(pair, pair.base_graphs, base_numbers(self.unmerged), self.dtypes) as held:
-            base = self._graph(pair, pair.base_graphs, held, prefix)
-            checks += self.comparison.compare_base(self.unmerged, base)
-            if held is not None:
-                checks += held.checks(prefix, "the base in PyTorch")
-        effect = self.comparison.effect(self.unmerged, base, graph)
+        base = Graph(pair.base_graphs, None, self._arithmetic(pair), self.provider, f"{pair.prefix}{BASE}")
+        depends = self._base_of(pair, base)
+        found = self.comparison.take("graph of the base", depends, partial(self._measured, pair, base))
+        checks += [*self.comparison.compare_base(base, found), *found["checks"]]
+        effect = self.comparison.effect(graph)
         calibrated = Moments.beside(pair.merged) is not None
         return JudgedExport(pair, tuple(checks), effect, self.comparison.kept_by_weights(), calibrated)
+
+    def _arithmetic(self, pair: ExportedPair) -> Arithmetic:
+        return arithmetic_of(pair, pair.base_graphs)
+
+    def _measured(self, pair: ExportedPair, base: Graph) -> dict[str, Any]:
+        """Of the base's graph, what no adapter changes."""
+        with self._model(pair, pair.base_graphs, base_numbers(self.unmerged), self.dtypes) as held:
+            graph = self._graph(pair, pair.base_graphs, held, base.prefix)
+            found = self.comparison.measure_base(self.unmerged, graph)
+            return {**found, "checks": held.checks(base.prefix, "the base in PyTorch") if held else []}
+
+    def _base_of(self, pair: ExportedPair, base: Graph) -> dict[str, object]:
+        """All that `_measured` depends on, besides the base and the inputs."""
+        return {
+            "graphs": files_digest(pair.base),
+            "names": [path.name for path in base.paths],
+            "precision": (pair.precision, pair.activations),
+            "arithmetic": base.arithmetic,
+            "provider": self.provider,
+            "prefix": base.prefix,
+            "types": {name: str(dtype) for name, dtype in self.dtypes.items()},
+            "shapes": shapes_of(self.merged),
+            "modules": (modules_of(self.merged), {p: hash_of(f) for p, f in weight_files(self.merged).items()}),
+            "saved": self._saved(),
+            "tied": tied(self.merged),
+            "kept": self.keep,
+        }
+
+    def _saved(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Modules that the adapter saved whole, which fill a graph's model where its data files say nothing."""
+        wrapped = wrapped_modules(self.unmerged.base_model.model)
+        saved = {path: whole for path, module in wrapped.items() if (whole := saved_whole(module)) is not None}
+        return {path: dict(whole.named_parameters()) for path, whole in saved.items()}
 
     @contextlib.contextmanager
     def _model(
@@ -65,7 +101,8 @@ class Judge:
         """None for a graph without a weights map, which is compared by its outputs only."""
         folder = graphs[0].parent
         if (folder / graph_weights.NAME).is_file():
-            with graph_model(graphs, self.unmerged, self.merged, expected, stored, self.keep) as held:
+            how = expected, stored, self.keep, not self.alone
+            with graph_model(graphs, self.unmerged, self.merged, *how) as held:
                 yield held
             return
         if pair.precision in QUANTIZED and pair.activations == "float":
@@ -82,7 +119,7 @@ class Judge:
         if held is None:
             return Graph(paths, None, arithmetic, self.provider, prefix)
         shifted = pair.precision in QUANTIZED and not held.wrong
-        return Graph(paths, held.model, arithmetic, self.provider, prefix, shifted)
+        return Graph(paths, held.model, arithmetic, self.provider, prefix, shifted, same=held.same)
 
 
 def arithmetic_of(pair: ExportedPair, paths: tuple[Path, ...]) -> Arithmetic:

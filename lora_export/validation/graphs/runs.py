@@ -19,7 +19,7 @@ class OnnxDecoder:
     """One session and its KV cache."""
 
     def __init__(self, model: Path, provider: str) -> None:
-        run = GraphRun(model, provider)
+        run = GraphRun(model, provider, threads=torch.get_num_threads())
         run.signature.require_cache()
         self._decoder = Decoder(run, run)
 
@@ -70,7 +70,7 @@ class OnnxSeq2Seq:
     """graphs: the encoder's, the decoder's, and the decoder's with a cache if that is another."""
 
     def __init__(self, graphs: Sequence[Path], provider: str) -> None:
-        self._runs = EncoderDecoder(graphs, provider)
+        self._runs = EncoderDecoder(graphs, provider, torch.get_num_threads())
 
     def logits(self, inputs: Mapping[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
         """fp32 logits (length, vocabulary) of one row of inputs, the decoder given `ids` (length,)."""
@@ -94,7 +94,7 @@ class OnnxEncoder:
     """A model that does not generate. Inputs that a batch lacks get the defaults of transformers."""
 
     def __init__(self, model: Path, provider: str) -> None:
-        self._run = GraphRun(model, provider)
+        self._run = GraphRun(model, provider, threads=torch.get_num_threads())
 
     def outputs(self, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, torch.Tensor]]:
         """All outputs of each batch by name, in fp32."""

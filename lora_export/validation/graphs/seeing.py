@@ -20,7 +20,7 @@ class OnnxVisionLanguage:
     equal_rows = False
 
     def __init__(self, graphs: Sequence[Path], provider: str, pictures: Any) -> None:
-        self._runs = VisionLanguage(graphs, provider, pictures.placeholder, pictures.merge)
+        self._runs = VisionLanguage(graphs, provider, pictures.placeholder, pictures.merge, torch.get_num_threads())
         self._pictures = pictures
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:

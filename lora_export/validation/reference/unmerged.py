@@ -40,13 +40,15 @@ MOST_LAYERS = 10_000
 @dataclass(frozen=True)
 class Unmerged:
     """model: PEFT's; cls: the transformers class of its base; absent: what that class has and the base's files have
-    not (a pooler, say), with the values that it began with here; adapters: those that PEFT loaded, copies with
+    not (a pooler, say), with the values that it began with here; plain: names of the base's parameters and buffers
+    before an adapter was attached; adapters: those that PEFT loaded, copies with
     other names where PEFT finds no place for their own."""
 
     model: Any
     cls: Any
     absent: Mapping[str, torch.Tensor]
     adapters: tuple[AdapterChoice, ...]
+    plain: tuple[str, ...] = ()
 
 
 def load_unmerged(
@@ -104,6 +106,7 @@ class _Attachment:
                 continue
             if self.keep is not None and scratch is not None:  # the new names tell what will be written
                 model, absent = self._load(cls, choices)
+            plain = tuple(names_of(model))
             try:
                 with contextlib.nullcontext() if scratch is None else names_as_they_are():
                     unmerged = attach_adapters(model, choices)
@@ -111,7 +114,7 @@ class _Attachment:
                 first = first or error
                 continue
             streaming.attach(model, wrapped_modules(model).values())
-            return Unmerged(unmerged, cls, absent, tuple(choices)), None
+            return Unmerged(unmerged, cls, absent, tuple(choices), plain), None
         return None, first
 
     def _load(self, cls: Any, adapters: Sequence[AdapterChoice]) -> tuple[Any, Mapping[str, torch.Tensor]]:
@@ -132,6 +135,12 @@ def _give_heads(model: torch.nn.Module, adapters: Sequence[AdapterChoice], heads
             name = key.removeprefix(START).replace(".modules_to_save", "")
             if name in heads:
                 state[name].data.copy_(stored.read())
+
+
+def names_of(model: torch.nn.Module) -> Iterator[str]:
+    """Of all parameters and buffers, each under every name that it has."""
+    yield from (name for name, _ in model.named_parameters(remove_duplicate=False))
+    yield from (name for name, _ in model.named_buffers(remove_duplicate=False))
 
 
 def attach_adapters(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> Any:

@@ -47,6 +47,21 @@ def report(root: str) -> FleetPages:
     )
 
 
+def described(root: Path) -> dict[str, object]:
+    """What `inspect` says of a root, from its records; nothing is written. InputError as for `report`."""
+    found = join(opened(str(root)))
+    return {
+        "kind": "fleet",
+        "created": found.created,
+        "rows": len(found.rows),
+        **{state: n for state, n in found.totals.items() if n},
+        "bases": {base.name or "unknown": sum(base.totals.values()) for base in found.bases},
+        "bytes": sum(row.nbytes or 0 for row in found.rows),
+        "shards": list(found.joined),
+        "written_by": found.tool_version,
+    }
+
+
 def join(store: Store) -> FleetReport:
     """What fleet.json has to say of a root.
 

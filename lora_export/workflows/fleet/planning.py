@@ -15,6 +15,7 @@ from typing import TypeVar
 from lora_export.allowed import check_adapter_folder
 from lora_export.checkpoint import open_checkpoint
 from lora_export.checkpoint.adapter_files import open_adapter_files, single_file
+from lora_export.checkpoint.companions import companion_files
 from lora_export.checkpoint.pipeline import is_pipeline
 from lora_export.checkpoint.sources import adapter_choices, resolve
 from lora_export.contracts import AdapterChoice, FleetOptions, FleetRow, PlannedRow, Progress, Source
@@ -71,7 +72,8 @@ def in_shard(planned: PlannedRow, index: int, count: int) -> bool:
 
 def _with_states(planned: list[PlannedRow], store: Store, options: FleetOptions) -> None:
     """The state that the store has for each key, in place: an object is skipped, a verdict stands."""
-    objects, failed = store.records("objects"), store.records("failed")
+    keys = {p.key for p in planned}
+    objects, failed = store.records("objects", keys), store.records("failed", keys)
     for index, one in enumerate(planned):
         if one.state is None and one.key in objects:
             planned[index] = replace(one, state="skipped")
@@ -96,10 +98,11 @@ def _judged(planned: PlannedRow, raw: bytes, where: str, options: FleetOptions) 
 
 @dataclass(frozen=True)
 class _Weights:
-    """nbytes: of the merged weights; widest: of the same in fp32."""
+    """nbytes: of the merged weights; widest: of the same in fp32; beside: of tokenizers and the like."""
 
     nbytes: int
     widest: int
+    beside: int
 
 
 @dataclass
@@ -126,7 +129,7 @@ class _Inputs:
         self.choices = _each((a for row in rows for a in row.adapters), lambda a: located_adapter(a, self.scratch))
         places = [m for m in self.models.values() if isinstance(m, Path)]
         places += [c.folder for c in self.choices.values() if isinstance(c, AdapterChoice)]
-        self.files = self.hashes.of_all(places)
+        self.files = self.hashes.of_all(places, self.progress.advance)
         self.progress.detail(
             f"{len(self.files)} folders, {self.hashes.read / 1e6:,.1f} MB of them read to hash them"
         )
@@ -337,6 +340,7 @@ def _refuse_package(row: FleetRow) -> None:
 
 _SHARES = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5}  # of an fp32 graph; quantized ones keep vocabularies wider
 _QUANTIZED = 0.35
+_ROOM = 32 * 2**20  # bytes for graphs without their weights, reports and samples
 
 
 def _measured(base: Path, row: FleetRow) -> _Weights:
@@ -345,10 +349,11 @@ def _measured(base: Path, row: FleetRow) -> _Weights:
 
     if is_pipeline(base):
         nbytes = sum(p.stat().st_size for p in base.rglob("*.safetensors"))
-        return _Weights(nbytes, 2 * nbytes)
+        return _Weights(nbytes, 2 * nbytes, 0)
     planned = plan_merge(base, [], row.options.merge)
     narrow = {"float16": 2, "bfloat16": 2}.get(planned.dtype, _WIDEST)
-    return _Weights(planned.nbytes, planned.nbytes * _WIDEST // narrow)
+    beside = sum(p.stat().st_size for p in companion_files(base))
+    return _Weights(planned.nbytes, planned.nbytes * _WIDEST // narrow, beside)
 
 
 def _graph(row: FleetRow, weights: _Weights) -> int:
@@ -359,12 +364,13 @@ def _scratch(row: FleetRow, weights: _Weights) -> int:
     """At most, of this row or of the preparation of its base: graphs of base, merged and unmerged model before they
     are quantized, the merged folder and one more copy of it, and a package beside them."""
     package = _graph(row, weights) + weights.nbytes if row.target is not None else 0
-    return weights.nbytes * (2 if row.options.merged_folder else 1) + weights.widest * 3 + package
+    copies = 2 if row.options.merged_folder else 1
+    return weights.nbytes * copies + weights.widest * 3 + package + 6 * weights.beside + _ROOM
 
 
 def _output(row: FleetRow, weights: _Weights) -> int:
-    run = _graph(row, weights) + (weights.nbytes if row.options.merged_folder else 0)
-    package = weights.nbytes if row.target in ("hf", "gguf") else _graph(row, weights)
+    run = _graph(row, weights) + (weights.nbytes if row.options.merged_folder else 0) + 2 * weights.beside
+    package = (weights.nbytes if row.target in ("hf", "gguf") else _graph(row, weights)) + weights.beside
     return {"run": run, "package": package, "both": run + package}[row.keep]
 
 

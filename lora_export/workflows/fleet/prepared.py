@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from lora_export.choices import Provider
 from lora_export.contracts import AdapterChoice, BenchmarkOptions, Progress, Report, Source, StoryOptions
 from lora_export.contracts.option import kept
-from lora_export.errors import InputError, LoraExportError
+from lora_export.errors import ExportError, InputError
 from lora_export.fleet.stores.protocol import Store
 from lora_export.storage.documents import as_json
 
 if TYPE_CHECKING:
     from lora_export.validation.known import KnownBase
+    from lora_export.workflows.budget import Pair
+    from lora_export.workflows.run_graphs import Control
     from lora_export.workflows.shared_base import SharedBase
 
 ONNX, REFERENCE, BENCHMARK = "onnx", "reference", "benchmark"
@@ -36,66 +38,77 @@ def fill(
 ) -> str:
     """Write the base's export, its answers and its graph's latency into `stage`; what is claimed of the latency.
 
-    An adapter that is refused costs the answers and the measurement, which its rows then make for themselves: other
-    rows share this base.
+    The adapter is merged first: one that is refused costs no export, and the base may be prepared with another.
     """
+    from lora_export.merging import merge, written_source
     from lora_export.workflows.bare_base import without_adapter
-    from lora_export.workflows.run_graphs import export_as
+    from lora_export.workflows.budget import Pair
+    from lora_export.workflows.run_graphs import control_of, export_as, export_merged
     from lora_export.workflows.trained_base import prepared_base
 
+    folder = work / "merged"
+    result = merge(base.folder, adapters, folder, options.merge, progress)
     alone = without_adapter(base.folder, work)
     trained_on = prepared_base(alone, [], options.merge, work, progress)
-    exported = export_as(trained_on, stage / ONNX, options.export, progress, "the base of many adapters")
-    try:
-        return _measured(stage, work, base, adapters, alone, trained_on, replace(options, force=False), progress)
-    except LoraExportError as error:
-        progress.warn(f"nothing was measured with the first adapter: {error.found}")
-        for name in (REFERENCE, BENCHMARK):
-            shutil.rmtree(stage / name, ignore_errors=True)
-        return f"not measured: the first adapter is refused ({exported.engine} exported the base)"
+    exported = export_as(trained_on, stage / ONNX, options.export, progress, "the base, for many adapters")
+    source = written_source(result)
+    merged = export_merged(exported, folder, work / "onnx", options.export, progress, source)
+    _answer(stage, work, alone, adapters, folder, Pair(exported, merged), options, progress)
+    control = control_of(trained_on, alone, adapters, work, options, merged, progress)
+    return _measure(stage, base, adapters, Pair(exported, merged), control, options, progress)
 
 
-def _measured(
+def _answer(
     stage: Path,
     work: Path,
-    base: Source,
-    adapters: Sequence[AdapterChoice],
     alone: Path,
-    trained_on: Path,
+    adapters: Sequence[AdapterChoice],
+    merged: Path,
+    pair: "Pair",
     options: StoryOptions,
     progress: Progress,
-) -> str:
-    from lora_export.merging import merge, written_source
-    from lora_export.onnx_export import load_export
-    from lora_export.report import write
+) -> None:
+    """Keep what a validation of the adapter computes of the base. Its verdict is the row's own to find."""
     from lora_export.validation import validate
     from lora_export.validation.known import KnownBase
-    from lora_export.workflows.latency import measure_run
-    from lora_export.workflows.run_graphs import control_of, export_merged
-    from lora_export.workflows.run_report import new_report
-    from lora_export.workflows.shared_base import SharedBase, same_graph
     from lora_export.workflows.trained_base import stand_in
     from lora_export.workflows.validating import pair_of
 
-    exported, folder = load_export(stage / ONNX), work / "merged"
-    result = merge(base.folder, adapters, folder, options.merge, progress)
-    merged = export_merged(exported, folder, work / "onnx", options.export, progress, written_source(result))
     known = KnownBase(stage / REFERENCE)
     validate(
         alone,
         adapters,
-        folder,
-        exports=[pair_of(merged, exported.output)],
-        dequantized=stand_in(alone, folder, options.merge, options.validation.max_memory, work, progress),
+        merged,
+        exports=[pair_of(pair.merged, pair.base.output)],
+        dequantized=stand_in(alone, merged, options.merge, options.validation.max_memory, work, progress),
         options=options.validation,
         known=known,
         progress=progress,
     )
     known.forget()
-    if not same_graph(SharedBase(exported, None, stage), merged):
-        return "not measured: the first adapter has a graph of its own"
-    control = control_of(trained_on, alone, adapters, work, options, merged, progress)
-    measured = measure_run(exported, merged, control, options, progress)
+
+
+def _measure(
+    stage: Path,
+    base: Source,
+    adapters: Sequence[AdapterChoice],
+    pair: "Pair",
+    control: "Control",
+    options: StoryOptions,
+    progress: Progress,
+) -> str:
+    from lora_export.report import write
+    from lora_export.workflows.latency import measure_run
+    from lora_export.workflows.run_report import new_report
+    from lora_export.workflows.shared_base import SharedBase, same_graph
+
+    if not same_graph(SharedBase(pair.base, None, stage), pair.merged):
+        raise ExportError(
+            "the adapter that the base is measured with has a graph of its own",
+            where=adapters[0].folder,
+            expected="an adapter that changes weights of the base, and nothing else",
+        )
+    measured = measure_run(pair.base, pair.merged, control, options, progress)
     how = {"benchmark": _conditions(options.benchmark, options.export.provider)}
     report = replace(new_report("benchmark", how, base, adapters), benchmark=measured)
     write(replace(report, status="failed" if measured.verdict == "slower" else "passed"), stage / BENCHMARK)

@@ -3,15 +3,17 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_export.contracts import AdapterChoice, PackageOptions, Source, Story, StoryOptions
-from lora_export.contracts.fleet import Record, RowFigures, RowOutcome, State, Task
+from lora_export import manifest
+from lora_export.contracts import AdapterChoice, PackageOptions, Report, Source, Story, StoryOptions
+from lora_export.contracts.fleet import Record, RowFigures, RowOutcome, State, StoredFile, Task
 from lora_export.errors import GateFailed, LoraExportError, OutputError, RuntimeUnavailable
 from lora_export.fleet.records import NAME, SCHEMA_VERSION, decoded
 from lora_export.fleet.stores.protocol import Store
-from lora_export.storage import sealed
+from lora_export.storage import disk, sealed
 from lora_export.workflows.fleet.clock import Clock
 
 if TYPE_CHECKING:
@@ -47,7 +49,8 @@ def prepare_base(task: Task, store: Store, node: Path, clock: Clock) -> RowOutco
     stage, work = task.scratch / "base", task.scratch / "work"
     stage.mkdir()
     work.mkdir()
-    claim = fill(stage, work, given.base, given.adapters, given.options, clock)
+    with disk.unsynced():  # the store sees to what is to last
+        claim = fill(stage, work, given.base, given.adapters, given.options, clock)
     shutil.rmtree(work, ignore_errors=True)
     done = clock.outcome(task, "done", place=place, figures=RowFigures(nbytes=_bytes(stage)))
     record = Record(SCHEMA_VERSION, key, given.inputs, done, {}, base_key=key, claim=claim)
@@ -70,8 +73,9 @@ def make_row(task: Task, store: Store, node: Path, clock: Clock) -> RowOutcome:
         shared = opened(task.planned.base_key, store, node).shared(given.options)
     run = task.scratch / "run"
     try:
-        story = _told(given, run, shared, clock)
-        folder = _kept(task, story, run, clock)
+        with disk.unsynced():  # the store sees to what is to last
+            story = _told(given, run, shared, clock)
+            folder = _kept(task, story, run, clock)
     except NO_VERDICT:
         raise
     except GateFailed as error:
@@ -84,14 +88,13 @@ def make_row(task: Task, store: Store, node: Path, clock: Clock) -> RowOutcome:
     done = _placed(clock.outcome(task, "done", figures=figures), place, "")
     claim = next((n for n in story.benchmark.notes if "same file" in n), "") if story.benchmark else ""
     base_key = task.planned.base_key
-    record = Record(SCHEMA_VERSION, task.planned.key, given.inputs, done, {}, base_key=base_key, claim=claim)
+    hashes = _sealed(folder)
+    record = Record(SCHEMA_VERSION, task.planned.key, given.inputs, done, hashes, base_key=base_key, claim=claim)
     first = store.publish(folder, place, record)
     if store.read(f"failed/{task.planned.key}/{NAME}") is not None:
         store.remove(f"failed/{task.planned.key}")
-    # A store without renames says only in the record where the files of an object lie.
-    raw = store.read(f"{place}/{NAME}") if "://" in task.root else None
-    at = decoded(raw, f"{store.where}/{place}").at if raw is not None else ""
-    return _placed(clock.outcome(task, "done" if first else "skipped", figures=figures), place, at)
+    outcome = clock.outcome(task, "done" if first else "skipped", figures=figures)
+    return _placed(outcome, place, _attempt(store, place, task))
 
 
 def _told(given: Given, run: Path, shared: "SharedBase | None", clock: Clock) -> Story:
@@ -105,15 +108,15 @@ def _told(given: Given, run: Path, shared: "SharedBase | None", clock: Clock) ->
 
 def _given(task: Task, node: Path, clock: Clock) -> Given:
     """The inputs on this machine, which have to be those that were planned, and the options of the run."""
-    from lora_export.checkpoint.sources import adapter_choices, resolve
     from lora_export.fleet.hashes import Hashes
     from lora_export.fleet.keys import base_inputs, key_of, row_inputs
     from lora_export.pipeline import with_provider
+    from lora_export.workflows.fleet.planning import located_adapter
 
     clock.stage("inputs: finding and comparing them with the plan")
     row, planned = task.planned.row, task.planned
-    base = resolve(row.model)
-    adapters = [choice for name in row.adapters for choice in adapter_choices(name)]
+    base = _model(row.model, node)
+    adapters = [located_adapter(name, node) for name in row.adapters]
     hashes = Hashes()
     files = hashes.of(base.folder)
     if task.kind == "base":
@@ -133,6 +136,14 @@ def _given(task: Task, node: Path, clock: Clock) -> Given:
         seed = int((planned.base_key or planned.key)[:8], 16) % 2**31
     validation = replace(row.options.validation, seed=seed)
     return Given(base, adapters, with_provider(replace(row.options, validation=validation, force=False)), inputs)
+
+
+@cache
+def _model(model: str, node: Path) -> Source:
+    """Found once for all rows of this process, as it may lie in a store elsewhere."""
+    from lora_export.workflows.fleet.planning import located_model
+
+    return located_model(model, node)
 
 
 # --- what is kept --------------------------------------------------------------------------------------------
@@ -187,13 +198,20 @@ def _verdict(
         folder.mkdir()
     told = _without_paths(error.as_json(), task.scratch, place)
     outcome = clock.outcome(task, state, error=told, place=place)
-    if (folder / REPORT).is_file():
-        outcome = replace(outcome, report=f"{place}/{REPORT}")
+    reported = (folder / REPORT).is_file()
+    if reported:
+        from lora_export.report import load
+
+        figures = figures_of(load(folder / "report"))
+        outcome = replace(outcome, report=f"{place}/{REPORT}", figures=figures)
     key, base_key = task.planned.key, task.planned.base_key
     store.publish(
         folder, place, Record(SCHEMA_VERSION, key, given.inputs, outcome, {}, base_key=base_key), again=True
     )
-    return outcome
+    at = _attempt(store, place, task)
+    if not at:
+        return outcome
+    return _placed(outcome, place, at) if reported else replace(outcome, place=f"{place}/{at}")
 
 
 def _without_paths(error: Mapping[str, str | None], scratch: Path, place: str) -> dict[str, str | None]:
@@ -205,23 +223,36 @@ def _without_paths(error: Mapping[str, str | None], scratch: Path, place: str) -
     }
 
 
+def _attempt(store: Store, place: str, task: Task) -> str:
+    """Where the files of an object lie below its place: a store without renames says so only in the record."""
+    raw = store.read(f"{place}/{NAME}") if "://" in task.root else None
+    return decoded(raw, f"{store.where}/{place}").at if raw is not None else ""
+
+
 def _placed(outcome: RowOutcome, place: str, at: str) -> RowOutcome:
     place = f"{place}/{at}" if at else place
     return replace(outcome, place=place, report=f"{place}/{REPORT}")
+
+
+def _sealed(folder: Path) -> dict[str, StoredFile]:
+    """What the run has just hashed for its manifest, so that a store need not read it again."""
+    if not (folder / manifest.NAME).is_file():
+        return {}
+    return {n: StoredFile(f.size, f.sha256) for n, f in manifest.read(folder).files.items()}
 
 
 def _bytes(folder: Path) -> int:
     return sum(sealed.sizes(folder).values())
 
 
-def figures_of(story: Story) -> RowFigures:
-    """What the report of a fleet shows of a run."""
+def figures_of(story: Story | Report) -> RowFigures:
+    """What the report of a fleet shows of a run, or of the report that a failed one left."""
     checked, measured = story.validate, story.benchmark
     survived = checked.adapter_survival if checked else ()
     shares = [float(s.share) for s in survived if s.share is not None]
     lost = [float(s.kl_lost) for s in survived if s.kl_lost is not None]
     ratios = [float(c.ratio) for c in measured.cells if c.ratio is not None] if measured else []
-    kept = story.merge.delta_survival
+    kept = story.merge.delta_survival if story.merge else None
     return RowFigures(
         survival=min(shares, default=None),
         delta_survival=float(kept) if kept is not None else None,
