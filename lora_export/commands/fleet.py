@@ -1,5 +1,6 @@
 """lora-export fleet: every adapter of a jobs file."""
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -64,6 +65,7 @@ def fleet(talk: Talk, jobs: Path, output: str, dry_run: bool, **given: Any) -> N
     """
     from lora_export import api
 
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of many downloads at once, over each other
     options = derive.build(FleetOptions, given)
     if dry_run:
         planned = api.plan_fleet(jobs, output, options, progress=talk.progress)
