@@ -209,7 +209,7 @@ def _fetched(base_key: str, store: Store, scratch: Path) -> OpenedBase:
     except BaseException:
         os.close(lock)
         raise
-    return OpenedBase(base_key, home, KnownBase(home / "object" / REFERENCE), lock)
+    return OpenedBase(base_key, home, KnownBase(home / "object" / REFERENCE, weights=home / "weights"), lock)
 
 
 def _held(home: Path) -> int:
