@@ -259,3 +259,8 @@ def test_plan_opens_no_file_of_an_adapter_that_it_knows(
     monkeypatch.setattr(hashes, "_hashed", lambda file: pytest.fail(f"{file.path} is read again"))
     assert planned(several, store, tmp_path) == first
     assert len(looked) == 1  # the others differ from it in numbers alone
+
+
+def test_plan_root_that_is_a_model_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"something else: config\.json"):
+        planned(rows(base, adapter(tmp_path / "a")), opened(str(base)), tmp_path)

@@ -20,11 +20,14 @@ from lora_export.checkpoint.sources import adapter_choices, resolve
 from lora_export.contracts import AdapterChoice, FleetOptions, FleetRow, PlannedRow, Progress, Source
 from lora_export.contracts.fleet import KEPT, State
 from lora_export.errors import InputError, LoraExportError
+from lora_export.fleet.claims import PLACE as CLAIMS
 from lora_export.fleet.hashes import Contents, Hashes, user_cache
 from lora_export.fleet.keys import Spelled, base_inputs, key_of, row_inputs
 from lora_export.fleet.records import decoded
 from lora_export.fleet.stores.protocol import Store
+from lora_export.fleet.stores.writing import FOLDER
 from lora_export.workflows.fleet import needs
+from lora_export.workflows.fleet.joined import is_fleet
 
 T = TypeVar("T")
 _DOWNLOADS = 8  # at once
@@ -39,6 +42,7 @@ def plan(
     InputError for a shard that is none; OutputError for a store that does not answer.
     """
     shard = shard_of(options.shard)
+    refuse_occupied(store)
     progress.stage(f"plan: {len(rows)} rows")
     found = _Inputs(options.scratch, Hashes(cache or user_cache()), progress)
     found.find(rows)
@@ -46,6 +50,21 @@ def plan(
     ours = [p for p in planned if shard is None or in_shard(p, *shard)]
     _with_states(ours, store, options)
     return tuple(found.finished(p) for p in ours)
+
+
+def refuse_occupied(store: Store) -> None:
+    """InputError for a folder that holds something else, such as a model: no fleet may change it."""
+    folder = Path(store.where)
+    if "://" in store.where or not folder.is_dir() or is_fleet(store.where):
+        return
+    other = next((p.name for p in sorted(folder.iterdir()) if p.name not in (FOLDER, CLAIMS)), None)
+    if other is not None:
+        raise InputError(
+            f"the root of the fleet holds something else: {other}",
+            where=store.where,
+            expected="a root of a fleet, an empty folder, or nothing",
+            next_step="choose another -o",
+        )
 
 
 def shard_of(text: str | None) -> tuple[int, int] | None:
