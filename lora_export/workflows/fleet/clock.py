@@ -85,6 +85,6 @@ def freed() -> None:
 
 @cache
 def spare_imports() -> None:
-    """Have no later search for garbage visit what is there by now: half a million objects of torch, which last. Once
-    in a process, and between two tasks: what is there later may have to be found."""
+    """Have no search for garbage visit what is there by now: half a million objects of torch, which last. Once in a
+    process, and between two tasks: what comes later may have to be found."""
     gc.freeze()
