@@ -15,7 +15,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,8 @@ import torch
 from lora_export.contracts import Progress
 from lora_export.validation import values as plain_values
 from lora_export.validation.comparing import sentence
+from lora_export.validation.prints import digest, fingerprint
+from lora_export.validation.reference.kept import KeptBase, state_of
 
 MOST_BYTES = 2**31  # of answers that are kept; what is beyond is computed anew each time
 _LIBRARIES = ("torch", "transformers", "peft", "onnxruntime", "numpy", "lora_export")
@@ -37,7 +39,8 @@ Value = TypeVar("Value")
 @dataclass
 class KnownBase:
     """folder: a local one, made on first use, that outlives the process (`bases/KEY/reference` of a fleet);
-    most_bytes: how much of it may be filled.
+    most_bytes: how much of it may be filled. A folder `….weights` beside it holds the base's weights in fp32, which
+    the processes of this machine share: it is of no use elsewhere, and made again where it is missing.
 
     The object may be passed to one validation after another of a process, one at a time.
     """
@@ -46,9 +49,13 @@ class KnownBase:
     most_bytes: int = MOST_BYTES
     _sound: dict[Path, tuple[int, int]] = field(default_factory=dict)  # files whose hash was checked → size, time
 
+    def __post_init__(self) -> None:
+        self.base = KeptBase(self.folder.with_name(f"{self.folder.name}.weights"))
+
     def forget(self) -> None:
-        """Free what is kept in memory; the folder stays."""
+        """Free what is kept in memory; the folder stays, and the file of weights beside it."""
         self._sound.clear()
+        self.base.forget()
 
 
 class Shelf(Sequence[torch.Tensor]):
@@ -114,8 +121,14 @@ class Answers:
         """Take nothing more: what is known is not what this base answers here."""
         self.trusted = False
 
+    def rest(self) -> None:
+        """The base is not used for a while: its memory is of use elsewhere."""
+        if self.known is not None:
+            self.known.base.rest(self.depends.get("numbers"))
+
     def end(self) -> None:
         """Delete what was made in the known folder and found no room there."""
+        self.rest()
         if self.known is not None and self.known.folder.is_dir():
             for folder in self.known.folder.glob(f".{os.getpid()}-*"):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -186,50 +199,13 @@ def _bytes_below(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
-def digest(value: object) -> str:
-    """SHA-256 of anything made of tensors, numbers, texts, lists and mappings, in hexadecimal digits."""
-    return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return [str(value.dtype), list(value.shape), hashlib.sha256(_bytes_of(value)).hexdigest()]
-    if is_dataclass(value):
-        return [type(value).__name__, {f.name: _plain(getattr(value, f.name)) for f in fields(value)}]
-    if isinstance(value, Mapping):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, frozenset | set):
-        return sorted(map(str, value))
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(part) for part in value]
-    return value if isinstance(value, str | int | float | None) else repr(value)
-
-
-def _bytes_of(tensor: torch.Tensor) -> Any:
-    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of named tensors: names, types, shapes and bytes."""
-    whole, seen = hashlib.sha256(), dict[int, str]()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        first = seen.setdefault(id(tensor), name)
-        whole.update(f"{name} {first} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        if first == name and tensor.numel():  # a tied weight has two names
-            whole.update(_bytes_of(tensor))
-    return whole.hexdigest()
-
-
 def of_model(body: Any, plain: Collection[str]) -> dict[str, object]:
     """What the answers of a model depend on besides their inputs: its class, configuration and numbers, and `here`.
 
     body: a transformers model, in which PEFT's layers may be; plain: the names of what is the model's own without
     them.
     """
-    named = (*body.named_parameters(remove_duplicate=False), *body.named_buffers(remove_duplicate=False))
-    own, config = set(plain), body.config
-    state = {n.replace(".base_layer", "").replace(".original_module", ""): value for n, value in named}
+    own, config, state = set(plain), body.config, state_of(body)
     head = sentence.head_of(body)
     return {
         "class": f"{type(body).__module__}.{type(body).__qualname__}",

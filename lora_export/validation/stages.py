@@ -33,6 +33,7 @@ from lora_export.validation.graphs.exports import Judge
 from lora_export.validation.known import Answers, KnownBase, of_model
 from lora_export.validation.reference.combined import WITHOUT_A_RUN, reference_adapter
 from lora_export.validation.reference.files import headers
+from lora_export.validation.reference.kept import trimmed
 from lora_export.validation.reference.loading import (
     load_as_stored,
     load_merged,
@@ -74,8 +75,8 @@ class Validation:
 @dataclass(frozen=True)
 class Models:
     """reference: PEFT's unmerged model; dtypes: stored types of the merged parameters; keep: bytes that each
-    streamed model may keep in memory, None for models in memory; merged: in fp32, None before it is loaded, after it
-    is not needed, and where only graphs are compared."""
+    streamed model may keep in memory, None for models in memory; merged: in fp32, None before it is loaded, when it
+    is needed no more, and where only graphs are compared."""
 
     reference: Unmerged
     dtypes: Mapping[str, Any]
@@ -100,7 +101,9 @@ def _result_of(task: Validation, answers: Answers) -> ValidationResult:
     task, models = _loaded(task)
     comparison = _comparison(task, models, answers)
     if task.exports and isinstance(comparison, DecoderComparison):
+        answers.rest()
         comparison.run_first(task.exports[0].merged_graphs, task.options.provider)
+        trimmed()
     if not task.graphs_alone:
         models = _with_merged(task, models)
         comparison.dtypes = models.dtypes
@@ -117,6 +120,7 @@ def _result_of(task: Validation, answers: Answers) -> ValidationResult:
     if task.exports:
         merged = _merged(merged, task, comparison.kept_by_merged(), result)
     models = replace(models, merged=None)  # frees its memory
+    trimmed()
     return _with_graphs(result, task, models, comparison, merged)
 
 
@@ -151,7 +155,8 @@ def _loaded(task: Validation) -> tuple[Validation, Models]:
         check_request(task.options.bases, task.base, merge, streamed=keep is not None)
     how = "loading" if keep is None else "streaming, layer by layer,"
     task.progress.stage(f"validate: {how} the unmerged model (PEFT, fp32) and the merged one")
-    reference = load_unmerged(task.base, task.adapters, merge, task.dequantized, keep, task.scratch)
+    kept = task.known.base if task.known is not None else None
+    reference = load_unmerged(task.base, task.adapters, merge, task.dequantized, keep, task.scratch, kept)
     stored = stored_dtypes(task.merged, reference.model) if task.graphs_alone else {}
     dtypes = {**stored, **sentence.attach(reference.model, task.settings)}
     return replace(task, adapters=reference.adapters), Models(reference, dtypes, keep)

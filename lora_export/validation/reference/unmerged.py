@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lora_export.errors import AdapterError
 from lora_export.patterns import bounded
 from lora_export.validation.reference import streaming
 from lora_export.validation.reference.files import START, adapter_config, headers
+from lora_export.validation.reference.kept import KeptBase
 from lora_export.validation.reference.loading import (
     architecture,
     classes_of,
@@ -58,9 +60,11 @@ def load_unmerged(
     dequantized: Path | None = None,
     keep: int | None = None,
     scratch: Path | None = None,
+    kept: KeptBase | None = None,
 ) -> Unmerged:
     """keep: None for a base in memory; else it is streamed, and so many bytes of it may stay there between uses.
-    scratch: where renamed copies of adapters may be kept (None: they are gone when this returns).
+    scratch: where renamed copies of adapters may be kept (None: they are gone when this returns). kept: a base that
+    is in memory may be used, and stays for the next adapter.
 
     The class is that of a head which the base has not (`trained_as`), or the first of these into which every tensor
     of the adapters fits: the one that config.json names, the one of the adapter's task, the bare body. Where none
@@ -68,7 +72,8 @@ def load_unmerged(
     is none.
     """
     with bone_as_miss(adapters) as known:
-        attachment = _Attachment(base, known, options, dequantized, keep, trained_as(base, known, options.task))
+        trained = trained_as(base, known, options.task)
+        attachment = _Attachment(base, known, options, dequantized, keep, trained, kept or KeptBase(None))
         reference, why = attachment.first_that_fits(None)
         if reference is None:
             with tempfile.TemporaryDirectory(prefix="lora-export-") as fleeting:
@@ -89,6 +94,7 @@ class _Attachment:
     dequantized: Path | None
     keep: int | None
     trained: Trained | None
+    kept: KeptBase
 
     def first_that_fits(self, scratch: Path | None) -> tuple[Unmerged | None, AdapterError | None]:
         """The first class that the adapters fit into, or the first error. scratch: None to take the adapters as
@@ -113,6 +119,7 @@ class _Attachment:
             except AdapterError as error:
                 first = first or error
                 continue
+            self.kept.attached(unmerged)
             streaming.attach(model, wrapped_modules(model).values())
             return Unmerged(unmerged, cls, absent, tuple(choices), plain), None
         return None, first
@@ -121,7 +128,10 @@ class _Attachment:
         """The base in fp32, with the adapters' heads, and what its files lack. adapters: write over its weights."""
         heads, changes = (self.trained.heads, self.trained.changes) if self.trained else (frozenset[str](), None)
         how = self.options, self.dequantized, cls, self.keep, whole_tensors(adapters), changes
-        model, absent = load_trained_on(self.base, *how)
+        load = partial(load_trained_on, self.base, *how)
+        alone = self.keep is None and self.trained is None and self.options.training_quantization == "none"
+        folder = self.dequantized or self.base
+        model, absent = self.kept.take((cls, folder, _files(folder), self.base), load) if alone else load()
         _give_heads(model, self.adapters, heads)
         # The merged model must have the heads, whatever the base lacks.
         return model, {name: value for name, value in absent.items() if name not in heads}
@@ -135,6 +145,12 @@ def _give_heads(model: torch.nn.Module, adapters: Sequence[AdapterChoice], heads
             name = key.removeprefix(START).replace(".modules_to_save", "")
             if name in heads:
                 state[name].data.copy_(stored.read())
+
+
+def _files(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """What tells that a folder is the same: names, sizes, times and places of its files."""
+    found = ((file.name, file.stat()) for file in sorted(folder.iterdir()))
+    return tuple((name, told.st_size, told.st_mtime_ns, told.st_ino) for name, told in found)
 
 
 def names_of(model: torch.nn.Module) -> Iterator[str]:
