@@ -27,7 +27,7 @@ COMMANDS = {
     "extract": "Take a LoRA out of a fully tuned model.",
     "truncate": "Write an adapter in a lower rank, each module in its own.",
     "report": "Write report.html and report.md of RUN again from its report.json.",
-    "verify": "Check a merged folder, the folder of a whole run, a package, or the root of a fleet, again.",
+    "verify": "Check a merged folder, a whole run, a package or a fleet again.",
     "env": "Show versions, hardware, working execution providers, and configured options.",
 }
 
