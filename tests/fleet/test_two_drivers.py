@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -84,8 +85,9 @@ def test_claims_driver_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with Claims(store) as claims:
         claims.take("k")
         (lease,) = (tmp_path / "root/claims/drivers").iterdir()
+        end = time.monotonic() + 20
         while json.loads(lease.read_bytes())["beat"] < 2:
-            pass
+            assert time.monotonic() < end
 
 
 @pytest.mark.parametrize("count", [8, pytest.param(60, marks=pytest.mark.slow)])
