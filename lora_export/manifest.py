@@ -22,6 +22,7 @@ from lora_export.storage.sealed import (
 from lora_export.version import __version__, installed
 
 NAME = "manifest.json"
+RECORD, PACKAGE = "record.json", "package/"  # of the objects of a fleet
 PIPELINE_INDEX = "model_index.json"
 _INPUTS = frozenset({".safetensors", ".json"})
 _VOCABULARIES = frozenset({".txt", ".model"})  # of the tokenizers of a pipeline
@@ -183,8 +184,8 @@ def verify(run: Path, base: Path | None, choices: Sequence[AdapterChoice]) -> tu
         manifest = read(run)
     except InputError as error:
         return [Finding("manifest", False, f"{error.found} ({run / NAME})")], ["the files that it names"]
-    actual = hash_folder(run)
-    del actual[NAME]
+    beside = _beside(run)
+    actual = {name: found for name, found in hash_folder(run).items() if name != NAME and not beside(name)}
     checks = [Finding("manifest", True, "complete, and matches its digest")]
     checks += same_files("run_files", manifest.files, actual, _foreign(run))
     if base is not None:
@@ -211,14 +212,22 @@ def same_inputs(name: str, wanted: Mapping[str, FileHash], place: Path) -> list[
 
 def _foreign(run: Path) -> list[str]:
     """What does not belong to a run: files that no stage writes, and links, which lead out of it."""
-    notes = []
+    notes, beside = [], _beside(run)
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             notes.append(f"{name} is a link, or not a file")
-        elif path.is_file() and name != NAME and name not in _WRITTEN and not name.startswith(_FOLDERS):
+        elif path.is_file() and name not in {NAME, *_WRITTEN} and not (name.startswith(_FOLDERS) or beside(name)):
             notes.append(f"{name} is not a file of a run")
     return notes
+
+
+def _beside(run: Path) -> Callable[[str], bool]:
+    """Whether a file is one that a fleet puts beside a run that it keeps: its record, which names all others, and a
+    package, which has a manifest of its own."""
+    if not (run / RECORD).is_file():
+        return lambda name: False
+    return lambda name: name == RECORD or name.startswith(PACKAGE)
 
 
 def same_files(

@@ -65,6 +65,7 @@ class Console:
             return
         from rich.live import Live
 
+        self._table: RichRenderable = table
         bar, self._bar = self._bar, None
         if self._task is not None:
             bar.remove_task(self._task)  # its stage is over
@@ -72,7 +73,7 @@ class Console:
         bar.stop()
         try:
             with Live(
-                console=bar.console, get_renderable=lambda: table, refresh_per_second=2, transient=True
+                console=bar.console, get_renderable=lambda: self._table, refresh_per_second=2, transient=True
             ) as live:
                 self._live_table = live
                 yield

@@ -1143,4 +1143,19 @@ MUTATIONS = (
         "if record is None and not row.key:",
         "tests/fleet/test_fleet_joined.py::test_report_tells_of_objects_that_are_gone_or_damaged",
     ),
+    Mutation(
+        "the weight of an adapter is no part of its key", "fleet/keys.py",
+        '"weight": float(weight)', '"weight": 1.0',
+        "tests/fleet/test_keys.py::test_key_each_change_of_an_input_is_another_key",
+    ),
+    Mutation(
+        "a base in a jobs file beats its rows", "fleet/jobs.py",
+        "(*self.defaults, *own, *layers)", "(*self.defaults, *layers, *own)",
+        "tests/fleet/test_jobs.py::test_jobs_row_beats_group_beats_base_beats_all",
+    ),
+    Mutation(
+        "a claim of a living driver does not count", "fleet/claims.py",
+        "return _started(lease.pid) == lease.started", "return _started(lease.pid) != lease.started",
+        "tests/fleet/test_two_drivers.py::test_claims_one_holder_at_a_time",
+    ),
 )  # fmt: skip

@@ -70,7 +70,7 @@ def fleet(talk: Talk, jobs: Path, output: str, dry_run: bool, **given: Any) -> N
         talk.result(_plan_document(planned, output, options), _plan_words(planned, options))
         return
     result = api.fleet(jobs, output, options, progress=talk.progress)
-    talk.result(result, _result_words(result))
+    talk.result(result, _result_words(result, options.shard))
     if result.exit_code:
         sys.exit(result.exit_code)
 
@@ -156,10 +156,13 @@ def _why(error: Mapping[str, str | None] | None) -> str:
 # --- what was done -----------------------------------------------------------------------------------------------
 
 
-def _result_words(result: "FleetResult") -> str:
+def _result_words(result: "FleetResult", shard: str | None) -> str:
+    from lora_export.report.fleet_document import PAGE, folder_of
+
+    page = f"{result.root.rstrip('/')}/{folder_of(shard)}{PAGE}"
     bad = [r for r in result.rows if r.state not in ("done", "skipped")]
     rows = [(state, str(count)) for state, count in result.totals.items() if count or state == "done"]
-    rows += [("time", f"{result.seconds:.1f} s"), ("report", f"{result.root.rstrip('/')}/fleet.html")]
+    rows += [("time", f"{result.seconds:.1f} s"), ("report", page)]
     told = [(f"{r.state} {r.name}", _why(r.error) if r.error else r.report) for r in bad[:_MOST]]
     more = [f"… and {len(bad) - _MOST} more, which the report lists"] if len(bad) > _MOST else []
     return "\n".join([table([*rows, *told]), *more])

@@ -27,7 +27,7 @@ T = TypeVar("T")
 BEAT = 10.0  # seconds between two signs of life
 PATIENCE = 60.0  # seconds without one, after which a driver elsewhere counts as dead
 _SETTLED = 0.2  # seconds in which another driver that takes over the same claim has written its name, too
-_PLACE = "claims"
+PLACE = "claims"
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,11 @@ class Claims:
 
     def tidy(self) -> None:
         """Take away leases and claims of dead drivers."""
-        names = [n for n in self._store.names(_PLACE) if n.endswith(".json")]
-        drivers = {Path(n).stem for n in names if n.startswith(f"{_PLACE}/drivers/")}
+        names = [n for n in self._store.names(PLACE) if n.endswith(".json")]
+        drivers = {Path(n).stem for n in names if n.startswith(f"{PLACE}/drivers/")}
         dead = {holder for holder in drivers if holder != self._id and not self.alive(holder)}
         for name in names:
-            if name.startswith(f"{_PLACE}/drivers/"):
+            if name.startswith(f"{PLACE}/drivers/"):
                 continue
             holder = _holder(self._store.read(name) or b"")
             if holder in dead or (holder not in drivers and not self.alive(holder)):
@@ -146,11 +146,11 @@ class Claims:
 
 
 def _claim(key: str) -> str:
-    return f"{_PLACE}/{key}.json"
+    return f"{PLACE}/{key}.json"
 
 
 def _driver(holder: str) -> str:
-    return f"{_PLACE}/drivers/{holder}.json"
+    return f"{PLACE}/drivers/{holder}.json"
 
 
 def _encoded(value: Lease | _Claim) -> bytes:
@@ -167,7 +167,7 @@ def _read(raw: bytes | None, type_: type[T]) -> T | None:
     if raw is None:
         return None
     try:
-        return decode(parse_json(raw, len(raw)), type_, "a claim", _PLACE)
+        return decode(parse_json(raw, len(raw)), type_, "a claim", PLACE)
     except (ValueError, LoraExportError):
         return None
 

@@ -287,7 +287,7 @@ class _Reader:
             place = self._unknown.setdefault((layer.place.file, key), layer.place)
             if layer.place.lines:
                 place = layer.place
-            near = difflib.get_close_matches(key.replace("_", "-").lstrip("-"), {*own, *self.options}, n=1)
+            near = difflib.get_close_matches(key.lower().replace("_", "-").strip("-"), {*own, *self.options}, n=1)
             expected = (
                 "" if near else f"{', '.join(own)}, for, publish, or an option of merge-and-export or package"
             )

@@ -106,10 +106,6 @@ def _absent(joined: Sequence[str]) -> list[str]:
     return [shard for at in range(int(of)) if (shard := f"{at}/{of}") not in joined]
 
 
-def warned(row: FleetReportRow) -> str:
-    return count(len(row.warnings), "warning")
-
-
 def survival(row: FleetReportRow) -> str:
     return share(row.survival)
 
@@ -120,10 +116,6 @@ def kl(row: FleetReportRow) -> str:
 
 def nbytes(row: FleetReportRow) -> str:
     return size(row.nbytes)
-
-
-def took(row: FleetReportRow) -> str:
-    return figure(row.seconds or None)
 
 
 def duration(value: float) -> str:

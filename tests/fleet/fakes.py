@@ -43,13 +43,13 @@ def work(task: Task) -> RowOutcome:
         WAYS.get(name.partition("@")[0].partition("-")[0], lambda: None)()
     except GateFailed:
         done = "gate"
+    place = "bases" if task.kind == "base" else "failed" if done == "gate" else "objects"
     figures = RowFigures(kl=float("nan") if name.startswith("nan") else 0.5)
     outcome = RowOutcome(
         task.planned.row.name, key, done, task.kind, seconds=0.01, figures=figures, worker=str(os.getpid()),
-        memory_bytes=int(os.environ.get("FAKES_MEMORY", "0")),
+        place=f"{place}/{key}",
     )  # fmt: skip
     if task.root:
-        place = "bases" if task.kind == "base" else "failed" if done == "gate" else "objects"
         (folder / "half").rename(folder / "whole")
         (folder / "name").write_text(key)
         if not opened(task.root).publish(folder, f"{place}/{key}", Record(1, key, {}, outcome, {})):

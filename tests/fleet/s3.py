@@ -73,8 +73,9 @@ def speak_to(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
 
 @dataclass
 class Proxy:
-    """rule: (count of the request, method, path) → a status to answer with, "hang", "cut" (the answer ends in its
-    middle), "lost" (carried out, and no answer), or None to pass it on. seen: method and path of each request."""
+    """seen: method and path of each request; rule: (count of the request, method, path) → a status to answer with,
+    "hang", "cut" (the answer ends in its middle), "lost" (carried out, and no answer), "unconditional" (without its
+    If-… headers), or None to pass it on."""
 
     server: Server
     rule: Rule = lambda count, method, path: None
@@ -115,7 +116,8 @@ def proxied(server: Server) -> Iterator[Proxy]:
                 self.close_connection = True
                 return
             upstream = http.client.HTTPConnection("127.0.0.1", server.port)
-            upstream.request(self.command, self.path, body, dict(self.headers))
+            passed = {k: v for k, v in self.headers.items() if what != "unconditional" or not k.startswith("if-")}
+            upstream.request(self.command, self.path, body, passed)
             answer = upstream.getresponse()
             content = answer.read()
             headers = [(k, v) for k, v in answer.getheaders() if k.lower() not in _HOPS]

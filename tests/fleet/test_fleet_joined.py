@@ -147,3 +147,14 @@ def test_report_of_an_empty_root_is_refused(tmp_path: Path) -> None:
     (tmp_path / "objects").mkdir()
     run = CliRunner().invoke(cli, ["report", str(tmp_path)])
     assert run.exit_code == 1 and "no fleet found" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("shard", "page"), [((), "/nightly/fleet.html"), (("--shard", "1/2"), "/nightly/shards/1-of-2/fleet.html")]
+)
+def test_fleet_command_names_the_report_that_was_written(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: tuple[str, ...], page: str
+) -> None:
+    monkeypatch.setattr("lora_export.api.fleet", lambda *given, **named: made[0])
+    run = CliRunner().invoke(cli, ["fleet", "jobs.toml", "-o", str(tmp_path), *shard])
+    assert run.exit_code == 1 and page in run.stdout

@@ -97,6 +97,12 @@ def test_row_that_stands_without_document_has_figures_of_its_record(made: Made, 
     assert row.state == ("skipped" if state == "done" else "gate") and row.made
 
 
+def test_document_of_another_version_is_refused_by_its_version() -> None:
+    with pytest.raises(InputError, match="schema version 2") as error:
+        fleet_document.decoded(b'{"schema_version": 2}', "fleet.json")
+    assert error.value.next_step is not None
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"schema_version": 2}', b"\xff", b'{"schema_version": 1}'])
 def test_damaged_document_of_the_run_before_does_not_stop_a_report(
     made: Made, place: FolderPlace, content: bytes

@@ -90,6 +90,7 @@ def test_jobs_paths_are_relative_to_the_file_and_hub_ids_stay(
     here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    (here / "me.txt").touch()
     text = """
         text = "me.txt"
         [base.b]
@@ -185,6 +186,8 @@ def test_options_every_option_of_both_commands_is_a_key_or_refused() -> None:
 FAULTS = [
     ('precison = "int4"', "line 1: there is no key precison"),
     ('Precision = "int4"', "did you mean precision?"),
+    ('text = "gone.txt"', "text = 'gone.txt': there is no such file"),
+    ('PRECISION = "int4"', "did you mean precision?"),
     ("nonsense = 1", "an option of merge-and-export or package"),
     ('precision = "int5"', "line 1: precision = 'int5': 'int5' is not one of"),
     ("precision = true", "precision = true: true is not a text or a number"),

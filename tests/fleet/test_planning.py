@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from lora_export.contracts import FleetOptions, FleetRow, PlannedRow, StoryOptions
+from lora_export.contracts import FleetOptions, FleetRow, MergeOptions, PlannedRow, StoryOptions
 from lora_export.contracts.fleet import Record, RowOutcome, State
 from lora_export.errors import InputError
 from lora_export.fleet.stores.protocol import Store, opened
 from lora_export.progress import Silent
-from lora_export.workflows.fleet import planning
+from lora_export.workflows.fleet import needs, planning
 from lora_export.workflows.fleet.planning import disk_at_once, in_shard, plan, shard_of, to_do
 from tests.builders import edit_json, handmade_adapter, llama_config, save_base
 
@@ -136,6 +136,29 @@ def test_plan_row_that_cannot_share_says_why(base: Path, store: Store, tmp_path:
     assert not found["gptq"].base_key and found["both"].state is None
 
 
+@pytest.mark.parametrize("dtype", ["keep", "float32", "bfloat16"])
+def test_needs_are_those_of_the_plan_of_a_merge(dtype: Any, tmp_path: Path) -> None:
+    from lora_export.merging import plan as plan_merge
+
+    folder = save_base(tmp_path / "half", config=llama_config(num_hidden_layers=1), dtype=torch.float16)
+    (folder / "tokenizer.json").write_text("x" * 500)
+    options = MergeOptions(dtype=dtype)
+    found, planned = needs.weights_of(folder, options), plan_merge(folder, [], options)
+    header = planned.nbytes - sum(t.output.nbytes for t in planned.tensors.values())
+    assert found.nbytes == planned.nbytes - header and 0 < header < 4096 and found.beside >= 500
+    assert found.widest == found.nbytes * (1 if dtype == "float32" else 2)
+
+
+def test_needs_grow_with_what_a_row_leaves(base: Path) -> None:
+    (row,) = rows(base, Path("a"))
+    weights = needs.weights_of(base, row.options.merge)
+    streamed = replace(row, options=replace(row.options, merged_folder=False))
+    packaged, both = (replace(row, target="hf", keep=keep) for keep in ("package", "both"))
+    assert needs.scratch(streamed, weights) < needs.scratch(row, weights) < needs.scratch(packaged, weights)
+    sizes = [needs.output(r, weights) for r in (streamed, row, both)]
+    assert sizes == sorted(set(sizes)) and needs.output(packaged, weights) < sizes[1]
+
+
 # --- states --------------------------------------------------------------------------------------------------
 
 
@@ -237,3 +260,8 @@ def test_plan_opens_no_file_of_an_adapter_that_it_knows(
     monkeypatch.setattr(hashes, "_hashed", lambda file: pytest.fail(f"{file.path} is read again"))
     assert planned(several, store, tmp_path) == first
     assert len(looked) == 1  # the others differ from it in numbers alone
+
+
+def test_plan_root_that_is_a_model_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"something else: config\.json"):
+        planned(rows(base, adapter(tmp_path / "a")), opened(str(base)), tmp_path)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_export.contracts import RowOutcome, StoryOptions
+from lora_export.contracts import RowOutcome, Source, StoryOptions
 from lora_export.contracts.fleet import PlannedRow
 from lora_export.errors import OutputError
 from lora_export.fleet.records import decoded
@@ -140,6 +140,18 @@ def test_row_starts_no_process_of_an_engine(fleet: Fleet, monkeypatch: pytest.Mo
     monkeypatch.setattr(Worker, "__enter__", lambda self: pytest.fail("an engine was started"))
     outcome = fleet.row(0)
     assert outcome.state == "done", outcome.error
+
+
+@pytest.mark.slow
+def test_row_that_asks_for_another_measurement_is_measured_itself(fleet: Fleet) -> None:
+    how = replace(fleet.how, benchmark=replace(fleet.how.benchmark, shapes=((1, 4),)))
+    one = planned(fleet.base, fleet.adapters[1], how)
+    assert one.base_key == fleet.prepared.key
+    outcome = carry_out("row", one, fleet.root, fleet.scratch)
+    report = json.loads((of(fleet, outcome) / "report" / "report.json").read_text())
+    assert {c["prompt"] for c in report["benchmark"]["cells"]} == {4}
+    assert not [n for n in report["benchmark"]["notes"] if "measured once" in n]
+    assert list(report["benchmark"]["cells"][0]["arms"]) == ["base", "merged", "unmerged"]
 
 
 @pytest.mark.slow
@@ -291,3 +303,21 @@ def test_manifest_of_many_runs_hashes_a_base_once_and_again_when_it_changes(
     assert manifest._input_hashes(tmp_path, manifest._hashed_once) != first and len(read) == 2
     # A verification reads what is there.
     assert not manifest.same_inputs("base_files", first, tmp_path)[0].passed
+
+
+def test_verify_of_a_run_that_a_fleet_keeps_passes_over_its_record_and_package(tmp_path: Path) -> None:
+    from lora_export import manifest
+
+    run, base = tmp_path / "run", tmp_path / "base"
+    for folder in (run / "merged", run / "package", base):
+        folder.mkdir(parents=True)
+    (run / "merged" / "config.json").write_text("{}")
+    manifest.write(run, Source("base", base), [], {"merge": {}})
+    found, _ = manifest.verify(run, None, [])
+    assert all(f.passed for f in found)
+    (run / "package" / "README.md").write_text("a package")
+    assert not all(f.passed for f in manifest.verify(run, None, [])[0])  # nobody knows what it is
+    (run / "record.json").write_text("{}")
+    assert all(f.passed for f in manifest.verify(run, None, [])[0])
+    (run / "other.json").write_text("{}")
+    assert not all(f.passed for f in manifest.verify(run, None, [])[0])

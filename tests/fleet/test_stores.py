@@ -378,6 +378,8 @@ def test_leftover_of_a_killed_writer_is_removed_by_the_next(root: FolderStore, t
     assert (root.root / ".writing" / name / "half").is_file()
     with writing.writing(root.root) as alive:
         alive.path.mkdir()
+        old = time.time() - writing.AGE - 60
+        os.utime(alive.lock, (old, old))  # busy for long with one file
         root.replace("fleet.json", b"{}")
         assert not (root.root / ".writing" / name).exists() and alive.path.is_dir()
     assert list((root.root / ".writing").iterdir()) == []

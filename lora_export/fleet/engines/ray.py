@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.contracts.fleet import RowOutcome, Task
-from lora_export.errors import WorkerLost
+from lora_export.errors import LoraExportError, WorkerLost
 from lora_export.fleet.engines import ray_words as words
 from lora_export.fleet.engines.protocol import Work
 from lora_export.fleet.engines.ray_cluster import connect, library, room, secret_variables
@@ -27,6 +27,7 @@ from lora_export.storage.workers import cores
 
 START_SECONDS = 180.0  # for the first worker of all
 ROOM_SECONDS = 300.0  # with no worker anywhere, until the fleet gives up
+STARTS = 4  # workers that may be lost before they have taken up a task
 _OTHERS = 15.0  # seconds that are spent on waiting for the others
 _PATIENCE = 10.0  # seconds that a slot waits for room before it takes over a worker that idles
 
@@ -93,9 +94,15 @@ class RayEngine:
         if not ready:
             raise words.no_room(self.threads, START_SECONDS)
         ready, _ = self.ray.wait(begun, num_returns=len(begun), timeout=_OTHERS)
+        lost: list[Exception] = []
         for worker in workers:
             if worker.begun in ready:
-                self.greet(worker)
+                try:
+                    self.greet(worker)
+                except self.ray.exceptions.RayError as error:  # its slot starts another
+                    lost.append(error)
+        if len(lost) == len(workers):
+            raise words.no_worker(lost[0]) from lost[0]
 
     def _end_all(self) -> None:
         """Threads that wait for Ray are gone before the connection is."""
@@ -125,11 +132,9 @@ class RayEngine:
         return _Worker(actor, actor.begin.remote(self._meeting))
 
     def greet(self, worker: _Worker) -> Introduction:
-        """Hear a worker's first answer, which is there. LoraExportError if it cannot work for this driver."""
-        try:
-            told: Introduction = self.ray.get(worker.begun)
-        except self.ray.exceptions.RayError as error:
-            raise words.no_worker(error) from error
+        """Hear a worker's first answer, which is there. LoraExportError if it cannot work for this driver; an error
+        of Ray if it is lost."""
+        told: Introduction = self.ray.get(worker.begun)
         if other := words.other_versions(told.node, told.versions, versions()):
             raise other
         if told.root:
@@ -262,7 +267,25 @@ class RaySlot:
                 self.start()
 
     def _own(self) -> _Worker:
-        """This slot's worker. Waits until Ray has room for it, or takes one over that idles."""
+        """This slot's worker, which is alive. One that is lost before it takes a task up is no row's fault."""
+        error: BaseException | None = None
+        for attempt in range(STARTS):
+            time.sleep(attempt)
+            try:
+                worker = self._begun()
+                self._engine.ray.get(worker.actor.ping.remote(), timeout=START_SECONDS)
+                return worker
+            except LoraExportError:
+                self.close()
+                raise
+            except Exception as lost:  # Ray's, with a dozen classes for it
+                error = lost
+                if self.worker:
+                    self._lose(self.worker)
+        raise words.no_worker(error) from error
+
+    def _begun(self) -> _Worker:
+        """This slot's worker after its first answer. Waits for room, or takes a worker over that idles."""
         engine, since = self._engine, time.monotonic()
         worker = self.worker or self.start()
         while not worker.told:

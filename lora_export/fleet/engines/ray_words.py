@@ -46,14 +46,17 @@ def lost(task: Task, state: State, found: str, seconds: float, worker: str) -> R
     )
 
 
-def no_worker(error: BaseException) -> LoraExportError:
+def no_worker(error: BaseException | None) -> LoraExportError:
     """Why a worker could not begin."""
     if "No module named 'lora_export'" in str(error):
         return RuntimeUnavailable(
             "lora-export is not installed on a node of the Ray cluster",
             next_step="pip install 'lora-export[fleet]' there, or start the nodes from the driver's image",
         )
-    return RuntimeUnavailable(f"a node of the Ray cluster cannot start a worker: {first_line(error)}")
+    return RuntimeUnavailable(
+        f"the Ray cluster cannot start a worker: {how(error) if error else 'no reason is known'}",
+        next_step="the logs of Ray on the node (session_latest/logs); the same command goes on with what is left",
+    )
 
 
 def no_room(threads: int, seconds: float) -> LoraExportError:

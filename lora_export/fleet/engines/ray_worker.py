@@ -67,6 +67,9 @@ class RayWorker:
         missing = tuple(p for p in meeting.needed if not Path(p).exists())
         return Introduction(socket.gethostname(), os.getpid(), versions(), _other_root(meeting), missing)
 
+    def ping(self) -> None:
+        """Answers while it is alive."""
+
     def carry_out(self, work: str, task: Task, place: int) -> workers.Answer:
         """work: MODULE:FUNCTION; place: of this worker among those of its node, which share out the cores."""
         if not self._started:

@@ -22,13 +22,13 @@ AGAIN = "run the same command again: it goes on where it was"
 _WORDS = (
     (
         frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG}),
-        "the store is full",
-        "room for the whole object",
+        "is full",
+        "room for all of it",
         "free some space there, and ",
     ),
     (
         frozenset({errno.EACCES, errno.EPERM, errno.EROFS}),
-        "the store does not let this user in",
+        "does not let this user in",
         "a folder that this user can read and write",
         "change its permissions, and ",
     ),
@@ -156,8 +156,8 @@ def changed(where: str, found: str) -> InputError:
 
 
 @contextlib.contextmanager
-def disk_errors(where: str) -> Iterator[None]:
-    """OutputError, in words, for what a disk refuses."""
+def disk_errors(where: str, what: str = "the store") -> Iterator[None]:
+    """OutputError, in words, for what a disk refuses. what: is written to there."""
     try:
         yield
     except OSError as error:
@@ -167,8 +167,8 @@ def disk_errors(where: str) -> Iterator[None]:
         for numbers, found, expected, cure in _WORDS:
             if error.errno in numbers:
                 raise OutputError(
-                    f"{found}: {reason}", where=place, expected=expected, next_step=f"{cure}{AGAIN}"
+                    f"{what} {found}: {reason}", where=place, expected=expected, next_step=f"{cure}{AGAIN}"
                 ) from None
         raise OutputError(
-            f"the store failed: {reason}", where=place, expected="a disk that works", next_step=AGAIN
+            f"{what} failed: {reason}", where=place, expected="a disk that works", next_step=AGAIN
         ) from None

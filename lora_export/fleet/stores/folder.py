@@ -145,7 +145,7 @@ class FolderStore:
         record = record_of(self.read(f"{place}/{NAME}"), str(path))
         if record is None:
             return None
-        with disk_errors(str(folder)), new_folder(folder) as stage:
+        with disk_errors(str(folder), "the disk"), new_folder(folder) as stage:
             there: dict[str, StoredFile] = {}
             for name in record.files:
                 source = path / record.at / name
@@ -239,6 +239,7 @@ def _moved(folder: Path, work: Writing) -> Iterator[bool]:
     """Move a folder into the root, if it lies on the same file system and nothing else names its files; after an
     error it goes back, so that its owner may try again."""
     shared = any(p.lstat().st_nlink > 1 for p in regular_files(folder).values())
+    inode = folder.lstat().st_ino
     try:
         if not shared:
             folder.rename(work.path)
@@ -249,8 +250,8 @@ def _moved(folder: Path, work: Writing) -> Iterator[bool]:
     try:
         yield not shared
     except BaseException:
-        if not shared:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if not shared and work.path.lstat().st_ino == inode:  # and not what it took the place of
                 work.path.joinpath(NAME).unlink(missing_ok=True)
                 work.path.rename(folder)
         raise

@@ -50,7 +50,7 @@ def localized(url: str, cache: Path) -> Path:
         kept = cache / hashlib.sha256(told.encode()).hexdigest()[:40]
         folder = kept / (PurePosixPath(where.partition("://")[2]).name)
         if not _whole(folder, files):
-            with disk_errors(str(cache)), writing(cache) as work:
+            with disk_errors(str(cache), "the disk"), writing(cache) as work:
                 shutil.rmtree(kept, ignore_errors=True)
                 download(files, work.path / folder.name)
                 if not _whole(work.path / folder.name, files):

@@ -33,11 +33,13 @@ from lora_export.fleet.stores.files import (
 )
 
 if TYPE_CHECKING:
-    from obstore import GetResult
+    import obstore
 
 READERS = 32  # small files that are asked for at once
 TRANSFERS = 4  # files of an object that are on their way at once
 TRIES = 3  # of a download that ends in the middle, and of an object that was replaced meanwhile
+PROBE = ".create-only"
+_known: set[str] = set()  # roots whose store creates a file once, as this process has seen
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -58,8 +60,10 @@ class ObjectStore:
         return self._content(found)
 
     def create(self, name: str, content: bytes) -> bool:
+        checked_name(name, self.where)
+        self._refuse_unconditional()
         with _answered():
-            return self._put_if(checked_name(name, self.where), content)
+            return self._put_if(name, content)
 
     def replace(self, name: str, content: bytes) -> None:
         self.bucket.put(checked_name(name, self.where), content)
@@ -68,7 +72,8 @@ class ObjectStore:
         if place:
             checked_name(place, self.where)
         for one in self.bucket.files(place):
-            yield one.name
+            if one.name != PROBE:
+                yield one.name
 
     def records(self, place: str, only: Container[str] | None = None) -> Mapping[str, bytes]:
         keys = [k for k in self.bucket.folders(checked_name(place, self.where)) if only is None or k in only]
@@ -81,10 +86,10 @@ class ObjectStore:
         first = there is None or again
         old = b"" if there is None or not again else self._content(there)
         if first:
+            self._refuse_unconditional()
             at = attempt_name()
-            with self._given_up(place, at):
-                files = self._upload(folder, f"{place}/{at}")
-                first = self._put_if(name, encoded(finished(record, files, at)), there)
+            files = self._upload(folder, place, at)
+            first = self._decide(name, encoded(finished(record, files, at)), there, at)
             with contextlib.suppress(OutputError):  # what is left over is told by `verify`
                 if first:
                     self._sweep(place, at, old)
@@ -100,7 +105,7 @@ class ObjectStore:
             if record is None:
                 return None
             try:
-                with disk_errors(str(folder)), new_folder(folder) as stage:
+                with disk_errors(str(folder), "the disk"), new_folder(folder) as stage:
                     self._download(record, f"{place}/{record.at}", stage)
                 return record
             except InputError:
@@ -116,43 +121,63 @@ class ObjectStore:
         self.bucket.delete([f"{place}/{NAME}"] if f"{place}/{NAME}" in names else [place])
         self.bucket.delete(names)
 
-    def _content(self, found: "GetResult") -> bytes:
+    def _content(self, found: "obstore.GetResult") -> bytes:
         with _answered():
             return b"".join(self.bucket.blocks(found))
 
-    def _put_if(self, name: str, content: bytes, there: "GetResult | None" = None) -> bool:
-        """Whether the file is there because of this call. UnclearError if the store does not say.
+    def _decide(self, name: str, content: bytes, there: "obstore.GetResult | None", at: str) -> bool:
+        """Put an attempt's record in its place. After an error, or a signal, nobody can be sure that it is not
+        there, or does not arrive later: so the attempt's files stay, until another one of the object is whole."""
+        try:
+            with _answered():
+                return self._put_if(name, content, there)
+        except BaseException:
+            give_up(at)
+            raise
+
+    def _put_if(self, name: str, content: bytes, there: "obstore.GetResult | None" = None) -> bool:
+        """Whether the file is there because of this call.
 
         A request whose answer is lost may have been carried out, also one that was sent again and refused then. So
         what is there is compared: nobody else writes a record of this attempt.
         """
-        for last in (False, False, True):
-            try:
-                return self.bucket.put_if(name, content, there) or self.read(name) == content
-            except UnclearError:
-                with contextlib.suppress(OutputError):
-                    found = self.read(name)
-                    if found == content or (found is not None and there is None):
-                        return found == content
-                if last:
-                    raise
-        raise AssertionError  # not reached
+        return self._attempted(name, content, there) or self.read(name) == content
 
-    @contextlib.contextmanager
-    def _given_up(self, place: str, at: str) -> Iterator[None]:
-        """Remove an attempt after an error; but not yet where its record may still arrive."""
+    def _attempted(self, name: str, content: bytes, there: "obstore.GetResult | None") -> bool:
+        """`Bucket.put_if`, a few times where the store does not say whether it did; then False may be wrong."""
+        for _ in range(TRIES):
+            try:
+                return self.bucket.put_if(name, content, there)
+            except UnclearError as unclear:
+                error = unclear
+        raise error
+
+    def _refuse_unconditional(self) -> None:
+        """OutputError for a store that writes over a file although it is asked not to: some do not know the header.
+        Asked once by a process, with a file that stays."""
+        if self.where in _known or self.where.startswith("memory://"):
+            return
+        with _answered():
+            if self._attempted(PROBE, b"", None) and self._attempted(PROBE, b"", None):
+                raise OutputError(
+                    "the store writes over a file that it was asked to create only if there is none",
+                    where=self.where,
+                    expected="a store with conditional writes (If-None-Match); without them two writers could mix",
+                    next_step="use another store, or a folder; of an S3-compatible server, a later version",
+                )
+        _known.add(self.where)
+
+    def _upload(self, folder: Path, place: str, at: str) -> dict[str, StoredFile]:
+        """Put a folder's files below PLACE/AT/, and remove them again after an error."""
         try:
-            yield
-        except UnclearError as unclear:
-            give_up(at)
-            raise unclear.error from None
+            return self._uploaded(folder, f"{place}/{at}")
         except BaseException:
             give_up(at)
             with contextlib.suppress(OutputError):
                 self.bucket.delete(self.names(f"{place}/{at}"))
             raise
 
-    def _upload(self, folder: Path, attempt: str) -> dict[str, StoredFile]:
+    def _uploaded(self, folder: Path, attempt: str) -> dict[str, StoredFile]:
         paths = regular_files(folder)
         paths.pop(NAME, None)
 
@@ -167,7 +192,7 @@ class ObjectStore:
                 self.bucket.put_parts(f"{attempt}/{name}", size, passing)
                 return passing.file
 
-        with disk_errors(str(folder)):
+        with disk_errors(str(folder), "the disk"):
             return dict(zip(paths, _at_once(TRANSFERS, one, paths), strict=True))
 
     def _download(self, record: Record, at: str, stage: Path) -> None:

@@ -17,7 +17,7 @@ from lora_export.fleet.scratch import sweep
 from lora_export.fleet.stores import Store, opened
 from lora_export.report.fleet_document import write
 from lora_export.workflows.fleet.options import read_rows
-from lora_export.workflows.fleet.planning import plan
+from lora_export.workflows.fleet.planning import plan, refuse_occupied
 
 WORK = "lora_export.workflows.fleet.work:carry_out"
 _READERS = 16  # names that are looked at at once: an object store takes its time for each
@@ -33,6 +33,7 @@ def fleet(jobs: Path, root: str, options: FleetOptions, progress: Progress) -> F
     if options.on not in ("local", "ray") and not options.on.startswith("ray://"):
         raise InputError(f"--on {options.on}", expected="local, ray, or ray://HOST:PORT")
     rows, store = read_rows(jobs), opened(root)
+    refuse_occupied(store)
     scratch = (options.scratch or Path(tempfile.gettempdir())).absolute()
     _tidy(store, scratch)
     planned = plan(rows, store, options, progress)

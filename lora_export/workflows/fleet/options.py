@@ -66,7 +66,6 @@ class _Conversion:
     """Rows with the same settings share one object of each kind of options."""
 
     faults: Faults
-    _values: dict[tuple[str, str, Path], Any] = field(default_factory=dict)
     _made: dict[Any, tuple[StoryOptions, PackageOptions, str | None, Keep]] = field(default_factory=dict)
 
     def row(self, job: Job) -> FleetRow:
@@ -120,7 +119,10 @@ class _Conversion:
         """As the command line converts it; None, with a fault, for what it would not take."""
         option = keys()[key]
         try:
-            return _located(option.type_cast_value(_CONTEXT, _as_typed(option, value)), layer.folder)
+            made = _located(option.type_cast_value(_CONTEXT, _as_typed(option, value)), layer.folder)
+            if isinstance(made, Path) and not made.is_file():
+                self.faults.add(layer.place, key, f"{key} = {_spelled(value)}: there is no such file", str(made))
+            return made
         except click.BadParameter as error:
             self.faults.add(layer.place, key, f"{key} = {_spelled(value)}: {error.message}")
         except (TypeError, ValueError) as error:

@@ -15,20 +15,22 @@ from typing import TypeVar
 from lora_export.allowed import check_adapter_folder
 from lora_export.checkpoint import open_checkpoint
 from lora_export.checkpoint.adapter_files import open_adapter_files, single_file
-from lora_export.checkpoint.companions import companion_files
 from lora_export.checkpoint.pipeline import is_pipeline
 from lora_export.checkpoint.sources import adapter_choices, resolve
 from lora_export.contracts import AdapterChoice, FleetOptions, FleetRow, PlannedRow, Progress, Source
 from lora_export.contracts.fleet import KEPT, State
 from lora_export.errors import InputError, LoraExportError
+from lora_export.fleet.claims import PLACE as CLAIMS
 from lora_export.fleet.hashes import Contents, Hashes, user_cache
 from lora_export.fleet.keys import Spelled, base_inputs, key_of, row_inputs
 from lora_export.fleet.records import decoded
 from lora_export.fleet.stores.protocol import Store
+from lora_export.fleet.stores.writing import FOLDER
+from lora_export.workflows.fleet import needs
+from lora_export.workflows.fleet.joined import is_fleet
 
 T = TypeVar("T")
 _DOWNLOADS = 8  # at once
-_WIDEST = 4  # bytes of a number in a graph, at most
 
 
 def plan(
@@ -40,6 +42,7 @@ def plan(
     InputError for a shard that is none; OutputError for a store that does not answer.
     """
     shard = shard_of(options.shard)
+    refuse_occupied(store)
     progress.stage(f"plan: {len(rows)} rows")
     found = _Inputs(options.scratch, Hashes(cache or user_cache()), progress)
     found.find(rows)
@@ -47,6 +50,21 @@ def plan(
     ours = [p for p in planned if shard is None or in_shard(p, *shard)]
     _with_states(ours, store, options)
     return tuple(found.finished(p) for p in ours)
+
+
+def refuse_occupied(store: Store) -> None:
+    """InputError for a folder that holds something else, such as a model: no fleet may change it."""
+    folder = Path(store.where)
+    if "://" in store.where or not folder.is_dir() or is_fleet(store.where):
+        return
+    other = next((p.name for p in sorted(folder.iterdir()) if p.name not in (FOLDER, CLAIMS)), None)
+    if other is not None:
+        raise InputError(
+            f"the root of the fleet holds something else: {other}",
+            where=store.where,
+            expected="a root of a fleet, an empty folder, or nothing",
+            next_step="choose another -o",
+        )
 
 
 def shard_of(text: str | None) -> tuple[int, int] | None:
@@ -96,15 +114,6 @@ def _judged(planned: PlannedRow, raw: bytes, where: str, options: FleetOptions) 
 # --- inputs ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """nbytes: of the merged weights; widest: of the same in fp32; beside: of tokenizers and the like."""
-
-    nbytes: int
-    widest: int
-    beside: int
-
-
 @dataclass
 class _Inputs:
     """Bases and adapters of all rows: each found, hashed and looked at once."""
@@ -121,7 +130,7 @@ class _Inputs:
     _pipelines: dict[Path, bool] = field(default_factory=dict)
     _alone: dict[tuple[object, ...], str] = field(default_factory=dict)
     _base_keys: dict[tuple[object, ...], str] = field(default_factory=dict)
-    _weights: dict[tuple[object, ...], _Weights | LoraExportError] = field(default_factory=dict)
+    _weights: dict[tuple[object, ...], needs.Weights | LoraExportError] = field(default_factory=dict)
 
     def find(self, rows: Sequence[FleetRow]) -> None:
         """Bring what lies elsewhere, and hash everything."""
@@ -173,8 +182,8 @@ class _Inputs:
             planned,
             alone=alone,
             base_key=base_key,
-            nbytes=_scratch(row, weights),
-            output_bytes=_output(row, weights),
+            nbytes=needs.scratch(row, weights),
+            output_bytes=needs.output(row, weights),
         )
 
     # --- finding ---------------------------------------------------------------------------------------------
@@ -235,11 +244,11 @@ class _Inputs:
     def _contents(self, place: Path) -> Contents:
         return _found(self.files[place])
 
-    def _weights_of(self, row: FleetRow, base: Path) -> _Weights:
+    def _weights_of(self, row: FleetRow, base: Path) -> needs.Weights:
         what = (base, row.options.merge)
         if what not in self._weights:
             try:
-                self._weights[what] = _measured(base, row)
+                self._weights[what] = needs.weights_of(base, row.options.merge)
             except LoraExportError as error:
                 self._weights[what] = error
         return _found(self._weights[what])
@@ -334,44 +343,6 @@ def _refuse_package(row: FleetRow) -> None:
         raise InputError(
             f"for = {row.target!r} with no-merged-folder", expected="a merged folder, which this package is made of"
         )
-
-
-# --- sizes -------------------------------------------------------------------------------------------------------
-
-_SHARES = {"fp32": 1.0, "fp16": 0.5, "bf16": 0.5}  # of an fp32 graph; quantized ones keep vocabularies wider
-_QUANTIZED = 0.35
-_ROOM = 32 * 2**20  # bytes for graphs without their weights, reports and samples
-
-
-def _measured(base: Path, row: FleetRow) -> _Weights:
-    """What the plan of a merge says, of the base alone; of a pipeline what its files take."""
-    from lora_export.merging import plan as plan_merge
-
-    if is_pipeline(base):
-        nbytes = sum(p.stat().st_size for p in base.rglob("*.safetensors"))
-        return _Weights(nbytes, 2 * nbytes, 0)
-    planned = plan_merge(base, [], row.options.merge)
-    narrow = {"float16": 2, "bfloat16": 2}.get(planned.dtype, _WIDEST)
-    beside = sum(p.stat().st_size for p in companion_files(base))
-    return _Weights(planned.nbytes, planned.nbytes * _WIDEST // narrow, beside)
-
-
-def _graph(row: FleetRow, weights: _Weights) -> int:
-    return int(weights.widest * _SHARES.get(row.options.export.precision, _QUANTIZED))
-
-
-def _scratch(row: FleetRow, weights: _Weights) -> int:
-    """At most, of this row or of the preparation of its base: graphs of base, merged and unmerged model before they
-    are quantized, the merged folder and one more copy of it, and a package beside them."""
-    package = _graph(row, weights) + weights.nbytes if row.target is not None else 0
-    copies = 2 if row.options.merged_folder else 1
-    return weights.nbytes * copies + weights.widest * 3 + package + 6 * weights.beside + _ROOM
-
-
-def _output(row: FleetRow, weights: _Weights) -> int:
-    run = _graph(row, weights) + (weights.nbytes if row.options.merged_folder else 0) + 2 * weights.beside
-    package = (weights.nbytes if row.target in ("hf", "gguf") else _graph(row, weights)) + weights.beside
-    return {"run": run, "package": package, "both": run + package}[row.keep]
 
 
 def to_do(planned: Iterable[PlannedRow]) -> list[PlannedRow]:
