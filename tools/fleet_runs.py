@@ -168,22 +168,35 @@ class Kept:
 
 
 def compared(fleet: dict[str, Any], commands: dict[str, Any]) -> dict[str, Any]:
-    """Rows whose checks, or whose bytes, are not those of the command."""
-    checks = {n: differing(fleet[n]["checks"], c["checks"]) for n, c in commands.items() if n in fleet}
+    """Rows whose checks, figures or bytes are not those of the command. Workers have fewer threads than a command,
+    which adds up in another order: the largest relative difference of a figure tells how much that is."""
+    both = [n for n in commands if n in fleet]
+    checks = {n: differing(fleet[n]["checks"], commands[n]["checks"]) for n in both}
     files = {
-        n: sorted(f for f in {*fleet[n]["files"], *c["files"]} if fleet[n]["files"].get(f) != c["files"].get(f))
-        for n, c in commands.items()
-        if n in fleet and c["files"] and fleet[n]["state"] == "done"
+        n: sorted(f for f, _ in {*fleet[n]["files"].items()} ^ {*commands[n]["files"].items()})
+        for n in both
+        if commands[n]["files"] and fleet[n]["state"] == "done"
     }
     return {
-        "rows": len(checks), "missing": sorted(set(commands) - set(fleet)),
-        "other_checks": {n: d for n, d in checks.items() if d},
-        "rows_with_files": len(files), "other_files": {n: f for n, f in files.items() if f},
-    }  # fmt: skip
+        "rows": len(both),
+        "missing": sorted(set(commands) - set(fleet)),
+        "other_names_or_verdicts": {n: c for n, (c, _) in checks.items() if c},
+        "largest_relative_difference": max((far for _, far in checks.values()), default=0.0),
+        "rows_with_files": len(files),
+        "other_files": sorted({f for names in files.values() for f in names}),
+    }
 
 
-def differing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    return {n: [one.get(n), other.get(n)] for n in sorted({*one, *other}) if one.get(n) != other.get(n)}
+def differing(one: dict[str, Any], other: dict[str, Any]) -> tuple[list[str], float]:
+    """Checks that only one has, or of which only one passed; and how far the others' figures are apart at most."""
+    names = {*one, *other}
+    odd = sorted(n for n in names if n not in one or n not in other or one[n][2] != other[n][2])
+    far = 0.0
+    for name in names - set(odd):
+        for mine, theirs in zip(one[name][:2], other[name][:2], strict=True):
+            if mine != theirs and isinstance(mine, float | int) and isinstance(theirs, float | int):
+                far = max(far, abs(mine - theirs) / max(abs(mine), abs(theirs)))
+    return odd, far
 
 
 # --- fleets and loops ----------------------------------------------------------------------------------------

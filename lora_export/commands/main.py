@@ -14,7 +14,8 @@ from lora_export.version import __version__
 # Command → the first sentence of its help, in the order in which a newcomer meets them.
 COMMANDS = {
     "merge-and-export": "Merge an adapter, prove the result, export it to ONNX and measure it.",
-    "inspect": "Say what PATH is (base, adapter, ONNX export or run), or what an adapter has learnt.",
+    "inspect": "Say what PATH is (base, adapter, ONNX export, run, package or fleet), or what an adapter has "
+    "learnt.",
     "merge": "Merge adapters into their base and write a Hugging Face folder.",
     "validate": "Compare a merged folder with PEFT's unmerged forward in fp32.",
     "export": "Export a model folder to ONNX: decoders for onnxruntime-genai, all others with Optimum's names.",
@@ -26,7 +27,7 @@ COMMANDS = {
     "extract": "Take a LoRA out of a fully tuned model.",
     "truncate": "Write an adapter in a lower rank, each module in its own.",
     "report": "Write report.html and report.md of RUN again from its report.json.",
-    "verify": "Check a merged folder, the folder of a whole run, or a package, again.",
+    "verify": "Check a merged folder, the folder of a whole run, a package, or the root of a fleet, again.",
     "env": "Show versions, hardware, working execution providers, and configured options.",
 }
 

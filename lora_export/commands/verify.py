@@ -21,7 +21,7 @@ from lora_export.contracts.tool_options import VerifyOptions
     derive.options_of(VerifyOptions),
 )  # fmt: skip
 def verify(talk: Talk, path: str, base: str | None, adapters: tuple[str, ...], **given: Any) -> None:
-    """Check a merged folder, the folder of a whole run, a package, or the root of a fleet, again.
+    """Check a merged folder, a whole run, a package or a fleet again.
 
     Exit code 3 if a check fails, and 1 for a package that was changed.
 

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from lora_export.errors import InputError, LoraExportError
 from lora_export.folder_files import SENTENCE_MODULES
+from lora_export.storage.documents import is_text
 from lora_export.storage.sealed import opened
 
 T = TypeVar("T")
@@ -218,8 +219,12 @@ def _listed(place: Path) -> _Listed | LoraExportError:
             folders += _add(listed, *folders.pop(), place)
     except NotADirectoryError:
         return _Listed([_File("", str(place.absolute()), place.parent, place.stat(), True)], [], [])
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if error.filename not in (None, str(place.absolute())):
+            return InputError("a link that leads nowhere", where=error.filename, expected="the file itself")
         return InputError("there is no such folder", where=place, expected="a folder, or a .safetensors file")
+    except LoraExportError as error:
+        return error
     except OSError as error:
         return InputError(f"the folder cannot be read: {error.strerror}", where=error.filename or place)
     if not listed.files:
@@ -236,6 +241,8 @@ def _add(listed: _Listed, folder: str, inside: str, root: Path) -> list[tuple[st
             name = f"{inside}{entry.name}"
             if entry.name.startswith("."):
                 continue
+            if not is_text(name):
+                raise InputError("the name of a file is not UTF-8", where=entry.path, next_step="rename the file")
             if entry.is_symlink():
                 listed.links.append(entry.path)
             if entry.is_dir():

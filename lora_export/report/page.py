@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,9 @@ def rendered(template: str, **context: object) -> str:
 
 
 @functools.cache
+@cache
 def _environment() -> "Environment":
+    """One for all pages of a process, which keeps its templates compiled."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

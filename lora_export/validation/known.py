@@ -39,21 +39,22 @@ Value = TypeVar("Value")
 @dataclass
 class KnownBase:
     """folder: a local one, made on first use, that outlives the process (`bases/KEY/reference` of a fleet);
-    most_bytes: how much of it may be filled. A folder `….weights` beside it holds the base's weights in fp32, which
-    the processes of this machine share: it is of no use elsewhere, and made again where it is missing.
+    most_bytes: how much of it may be filled; weights: a folder of this machine for a file with the base's weights
+    in fp32, which its processes share (None: each has its own).
 
     The object may be passed to one validation after another of a process, one at a time.
     """
 
     folder: Path
     most_bytes: int = MOST_BYTES
+    weights: Path | None = None
     _sound: dict[Path, tuple[int, int]] = field(default_factory=dict)  # files whose hash was checked → size, time
 
     def __post_init__(self) -> None:
-        self.base = KeptBase(self.folder.with_name(f"{self.folder.name}.weights"))
+        self.base = KeptBase(self.weights)
 
     def forget(self) -> None:
-        """Free what is kept in memory; the folder stays, and the file of weights beside it."""
+        """Free what is kept in memory; the folders stay."""
         self._sound.clear()
         self.base.forget()
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from lora_export.contracts import AdapterChoice, QuantizationOptions, StoryOptions
+from lora_export.contracts import AdapterChoice, MergeOptions, QuantizationOptions, StoryOptions
 from lora_export.contracts.fleet import FleetRow
+from lora_export.merging import plan
 from lora_export.workflows.fleet.base import why_alone
-from tests.builders import edit_json, lora, save_adapter, save_base
+from lora_export.workflows.shared_base import why_not_shared
+from tests.builders import edit_json, llama_config, lora, save_adapter, save_base
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +77,16 @@ def test_why_alone_of_a_search_or_an_arm_names_it(base: Path, tmp_path: Path) ->
 def test_why_alone_of_a_broken_adapter_is_no_error(base: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     assert "refused" in why_alone(row(base, tmp_path / "adapter"), base, [AdapterChoice(tmp_path / "adapter")])
+
+
+def test_why_not_shared_of_a_plan_names_what_is_not_in_the_base(base: Path, tmp_path: Path) -> None:
+    """Whatever the names in a header said: the plan of the merge has the last word."""
+    tied = save_base(tmp_path / "tied", config=llama_config(tied=True))
+    made = {
+        "plain": (base, save_adapter(tmp_path / "plain", base, lora())),
+        "rows": (tied, save_adapter(tmp_path / "rows", tied, lora(), rows=107, save_embeddings=True)),
+        "head": (tied, save_adapter(tmp_path / "head", tied, lora(modules_to_save=["lm_head"]))),
+    }
+    reasons = {n: why_not_shared(plan(b, [AdapterChoice(a)], MergeOptions())) for n, (b, a) in made.items()}
+    assert reasons["plain"] == ""
+    assert "another shape" in reasons["rows"] and "not a tensor of the base" in reasons["head"]

@@ -11,11 +11,13 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from lora_export.contracts import AdapterChoice, Source, StoryOptions
 from lora_export.pipeline import merge_and_export
 from lora_export.progress import Silent
 from tests.builders import bert_config, lora, randomize
+from tests.end_to_end.conftest import prepared
 from tests.fleet.making import carry_out, node, options, planned, with_short_texts
 from tests.validation.conftest import save_adapter, save_base, save_tokenizer
 
@@ -95,3 +97,13 @@ def test_row_of_a_shared_base_has_the_bytes_of_the_command(
     if precision == "int4":  # a random model loses more than a real one, which is not what this is about
         how = replace(how, validation=replace(how.validation, min_survival=0.0))
     compared(*make(tmp_path), how, tmp_path)
+
+
+def test_row_of_smollm2_has_the_bytes_of_the_command(tmp_path: Path) -> None:
+    base = prepared("prepare_smollm2.py")
+    adapters = [Path(__file__).parents[2] / "examples" / "adapters" / "lora-speeches", tmp_path / "weaker"]
+    shutil.copytree(adapters[0], adapters[1])
+    weights = load_file(adapters[0] / "adapter_model.safetensors")
+    weaker = {name: w * 0.9 if "lora_B" in name else w for name, w in weights.items()}
+    save_file(weaker, adapters[1] / "adapter_model.safetensors", metadata={"format": "pt"})
+    compared(base, adapters, with_short_texts(options("int4"), tmp_path), tmp_path)

@@ -25,7 +25,8 @@ from lora_export.contracts import FleetOptions
 from lora_export.progress import Silent
 from pathlib import Path
 result = fleet(sys.argv[1], sys.argv[2], FleetOptions(scratch=Path(sys.argv[3])))
-heavy = {"torch", "transformers", "onnxruntime", "onnx", "peft", "pebble", "ray"} & set(sys.modules)
+heavy = {"torch", "transformers", "onnxruntime", "onnx", "peft", "pebble", "ray"}
+heavy = (heavy | {"lora_export.fleet.engines.local"}) & set(sys.modules)
 print(json.dumps([result.totals, sorted(heavy)]))
 """
 

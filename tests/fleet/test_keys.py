@@ -278,15 +278,19 @@ def test_hashes_form_is_the_same_where_only_numbers_differ(tmp_path: Path) -> No
 
 
 def test_hashes_what_cannot_be_read_says_why_and_stops_no_other(base: Path, tmp_path: Path) -> None:
-    empty, gone, outward, pipe = (tmp_path / name for name in ("empty", "gone", "outward", "pipe"))
-    for folder in (empty, outward, pipe):
+    names = ("empty", "gone", "outward", "pipe", "broken", "bytes")
+    empty, gone, outward, pipe, broken, odd = places = [tmp_path / name for name in names]
+    for folder in (empty, outward, pipe, broken, odd):
         folder.mkdir()
     (tmp_path / "secret.json").write_text("{}")
     (outward / "config.json").symlink_to("../secret.json")
     os.mkfifo(pipe / "config.json")
-    found = Hashes(None).of_all([empty, gone, outward, pipe, base])
-    words = ["the folder is empty", "no such folder", "leads out of the folder", "not a regular file"]
-    for place, told in zip((empty, gone, outward, pipe), words, strict=True):
+    (broken / "config.json").symlink_to("nothing")
+    (odd / os.fsdecode(b"\xff.json")).touch()
+    found = Hashes(None).of_all([*places, base])
+    words = ["the folder is empty", "no such folder", "leads out of the folder", "not a regular file",
+             "a link that leads nowhere", "not UTF-8"]  # fmt: skip
+    for place, told in zip(places, words, strict=True):
         assert told in str(found[place])
     assert isinstance(found[base], Contents)
     with pytest.raises(InputError, match="no such folder"):

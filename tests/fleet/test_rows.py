@@ -143,6 +143,18 @@ def test_row_starts_no_process_of_an_engine(fleet: Fleet, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
+def test_row_that_asks_for_another_measurement_is_measured_itself(fleet: Fleet) -> None:
+    how = replace(fleet.how, benchmark=replace(fleet.how.benchmark, shapes=((1, 4),)))
+    one = planned(fleet.base, fleet.adapters[1], how)
+    assert one.base_key == fleet.prepared.key
+    outcome = carry_out("row", one, fleet.root, fleet.scratch)
+    report = json.loads((of(fleet, outcome) / "report" / "report.json").read_text())
+    assert {c["prompt"] for c in report["benchmark"]["cells"]} == {4}
+    assert not [n for n in report["benchmark"]["notes"] if "measured once" in n]
+    assert list(report["benchmark"]["cells"][0]["arms"]) == ["base", "merged", "unmerged"]
+
+
+@pytest.mark.slow
 def test_row_with_the_same_key_has_the_same_bytes(fleet: Fleet, done: RowOutcome) -> None:
     root = fleet.other("other")
     again = fleet.row(1, root)

@@ -1,4 +1,4 @@
-"""Uploads that are killed: ROOT FOLDER TURNS SECONDS SEED. Run as a program, which uses no store itself before it
+"""Uploads that are killed: ROOT FOLDER TURNS SEED. Run as a program, which uses no store itself before it
 forks: obstore's threads do not survive that."""
 
 import contextlib
@@ -38,13 +38,20 @@ def uploading(root: str, folder: Path, turn: int, writer: str) -> int:
     return pid
 
 
-def main(root: str, folder: str, turns: str, seconds: str, seed: str) -> None:
-    """Two writers of each object, killed one after another."""
-    chance = random.Random(int(seed))
+UNDISTURBED = (1_000_000, 1_000_001)  # turns whose uploads are timed
+
+
+def main(root: str, folder: str, turns: str, seed: str) -> None:
+    """Two writers of each object, killed one after another within one and a half times what an upload takes."""
+    chance, usual = random.Random(int(seed)), {}
+    for turn in UNDISTURBED:
+        began = time.monotonic()
+        os.waitpid(uploading(root, Path(folder), turn, "undisturbed"), 0)
+        usual[turn % 4 == 0] = time.monotonic() - began
     for turn in range(int(turns)):
         pids = [uploading(root, Path(folder), turn, f"killed-{i}") for i in range(2)]
         for pid in pids:
-            time.sleep(chance.random() * float(seconds) * (3 if sizes(turn) is LARGE else 1))
+            time.sleep(chance.random() * 0.75 * usual[turn % 4 == 0])
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
 

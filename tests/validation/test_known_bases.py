@@ -40,7 +40,7 @@ class Worker:
         return self.unmerged.base_model.model
 
     def same_as_fresh(self, kind: str) -> bool:
-        unmerged = self.load(kind), self.load(kind, KeptBase(None))
+        unmerged = self.load(kind), self.load(kind, KeptBase(keeps=False))
         return torch.equal(*(next(iter(logits(model, IDS))) for model in unmerged))
 
 

@@ -18,8 +18,7 @@ from lora_export.fleet.stores.files import AGAIN
 from lora_export.storage.sealed import plain_path
 
 if TYPE_CHECKING:
-    from obstore import GetResult
-    from obstore.store import ObjectStore as Obstore
+    import obstore.store
 
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "memory")
 PART = 8 * 2**20  # bytes of a part of a large file
@@ -68,9 +67,9 @@ class Bucket:
     """A prefix of a bucket. Each method raises OutputError in words; `where` is its URL, without secrets."""
 
     where: str
-    store: "Obstore"
+    store: "obstore.store.ObjectStore"
 
-    def get(self, name: str, etag: str | None = None) -> "GetResult | None":
+    def get(self, name: str, etag: str | None = None) -> "obstore.GetResult | None":
         """None if there is none. etag: InputError for another version than this."""
         import obstore
 
@@ -87,7 +86,7 @@ class Bucket:
                     expected="files that nobody writes to meanwhile", next_step=AGAIN,
                 ) from None  # fmt: skip
 
-    def blocks(self, result: "GetResult") -> Iterator[bytes]:
+    def blocks(self, result: "obstore.GetResult") -> Iterator[bytes]:
         """The content of a file. UnclearError where it ends in the middle."""
         with self.errors(unclear=True):
             yield from result.stream(min_chunk_size=2**20)
@@ -106,7 +105,7 @@ class Bucket:
         with self.errors():
             obstore.put(self.store, name, blocks, use_multipart=True, chunk_size=part, max_concurrency=PARTS)
 
-    def put_if(self, name: str, content: bytes, there: "GetResult | None") -> bool:
+    def put_if(self, name: str, content: bytes, there: "obstore.GetResult | None") -> bool:
         """Write a file that does not exist, or over exactly the version that is `there`; False if it is another.
         UnclearError if the store does not say whether it did."""
         import obstore
@@ -233,7 +232,7 @@ def _bare(url: str) -> str:
 
 
 @functools.cache
-def _memory(where: str) -> "Obstore":
+def _memory(where: str) -> "obstore.store.ObjectStore":
     """One for each URL, for as long as the process lives."""
     from obstore.store import MemoryStore
 

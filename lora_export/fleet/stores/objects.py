@@ -33,7 +33,7 @@ from lora_export.fleet.stores.files import (
 )
 
 if TYPE_CHECKING:
-    from obstore import GetResult
+    import obstore
 
 READERS = 32  # small files that are asked for at once
 TRANSFERS = 4  # files of an object that are on their way at once
@@ -121,11 +121,11 @@ class ObjectStore:
         self.bucket.delete([f"{place}/{NAME}"] if f"{place}/{NAME}" in names else [place])
         self.bucket.delete(names)
 
-    def _content(self, found: "GetResult") -> bytes:
+    def _content(self, found: "obstore.GetResult") -> bytes:
         with _answered():
             return b"".join(self.bucket.blocks(found))
 
-    def _decide(self, name: str, content: bytes, there: "GetResult | None", at: str) -> bool:
+    def _decide(self, name: str, content: bytes, there: "obstore.GetResult | None", at: str) -> bool:
         """Put an attempt's record in its place. After an error, or a signal, nobody can be sure that it is not
         there, or does not arrive later: so the attempt's files stay, until another one of the object is whole."""
         try:
@@ -135,7 +135,7 @@ class ObjectStore:
             give_up(at)
             raise
 
-    def _put_if(self, name: str, content: bytes, there: "GetResult | None" = None) -> bool:
+    def _put_if(self, name: str, content: bytes, there: "obstore.GetResult | None" = None) -> bool:
         """Whether the file is there because of this call.
 
         A request whose answer is lost may have been carried out, also one that was sent again and refused then. So
@@ -143,7 +143,7 @@ class ObjectStore:
         """
         return self._attempted(name, content, there) or self.read(name) == content
 
-    def _attempted(self, name: str, content: bytes, there: "GetResult | None") -> bool:
+    def _attempted(self, name: str, content: bytes, there: "obstore.GetResult | None") -> bool:
         """`Bucket.put_if`, a few times where the store does not say whether it did; then False may be wrong."""
         for _ in range(TRIES):
             try:

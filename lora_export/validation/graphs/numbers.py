@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ CODE_GAPS = {"nf4": (0.153, 0.06), "fp4": (0.168, 0.08)}
 ARITHMETIC = 2.0**-20  # of the largest weight: what asking a layer for its weights costs in fp32
 SCALE_ROUNDING = 2.0**-8  # a scale in bf16 moves every number of its block
 GPTQ = "gptq"
+ROWS = 4096  # of a tensor that are compared at once
 Expected = Callable[[Held], torch.Tensor | None]
 
 
@@ -154,17 +155,30 @@ def _type(held: Held, stored: Mapping[str, torch.dtype]) -> torch.dtype:
 
 def _cast_error(held: Held, wanted: torch.Tensor) -> float:
     """0 if every value is the nearest of its type, else infinity."""
-    cast = (wanted + held.plus).to(held.dtype).float() - held.plus
-    return 0.0 if torch.equal(cast, held.values) else float("inf")
+    for values, exact in _rows(held.values, wanted):
+        cast = (exact + held.plus).to(held.dtype).float() - held.plus
+        if not torch.equal(cast, values):
+            return float("inf")
+    return 0.0
 
 
 def _rounding_error(held: Held, wanted: torch.Tensor, stored: torch.dtype) -> float:
     """Relative to two roundings, to the checkpoint's type and to the graph's, and to fp32 arithmetic."""
+    if not wanted.numel():
+        return 0.0
     eps = sum(torch.finfo(d).eps / 2 for d in (stored, held.dtype))
     smallest = max(torch.finfo(d).tiny * torch.finfo(d).eps for d in (stored, held.dtype))
-    size = wanted.abs() + abs(held.plus)
-    allowed = eps * size + ARITHMETIC * size.max() + smallest
-    return float(((held.values - wanted).abs() / allowed).max()) if wanted.numel() else 0.0
+    largest = torch.stack(wanted.aminmax()).abs().max() + abs(held.plus)
+    worst = []
+    for values, exact in _rows(held.values, wanted):
+        allowed = eps * (exact.abs() + abs(held.plus)) + ARITHMETIC * largest + smallest
+        worst.append(((values - exact).abs() / allowed).max())
+    return float(torch.stack(worst).max())
+
+
+def _rows(*values: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Blocks of rows, so that no copy of an embedding is made. All have one shape."""
+    return zip(*(torch.split(x, ROWS) if x.dim() else (x,) for x in values), strict=True)
 
 
 def _block_error(values: torch.Tensor, wanted: torch.Tensor, how: Quantized) -> float:

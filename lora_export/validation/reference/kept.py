@@ -27,9 +27,10 @@ Loaded = tuple[Any, Mapping[str, torch.Tensor]]
 
 @dataclass
 class KeptBase:
-    """folder: for the file of weights, local; None to keep no model."""
+    """folder: for the file of weights, local; None to have them in memory; keeps: whether a model stays at all."""
 
-    folder: Path | None
+    folder: Path | None = None
+    keeps: bool = True
     _key: Hashable = None
     _loaded: Loaded | None = None
     _unmerged: Any = None  # PEFT's model around it
@@ -40,7 +41,7 @@ class KeptBase:
     def take(self, key: Hashable, load: Callable[[], Loaded]) -> Loaded:
         """(the plain model, what its files lack): the one that is here if it was loaded for the same key and is as
         it was then, else a new one."""
-        if self.folder is None:
+        if not self.keeps:
             return load()
         if self._loaded is None or key != self._key or not self._is_clean():
             self.forget()
@@ -64,7 +65,7 @@ class KeptBase:
                 ctypes.CDLL(None).madvise(ctypes.c_void_p(at), ctypes.c_size_t(size), _DONTNEED)
 
     def forget(self) -> None:
-        """Free the memory, and the file."""
+        """Free the memory."""
         self._key = self._loaded = self._unmerged = self._shape = self._weights = None
 
     def _is_clean(self) -> bool:

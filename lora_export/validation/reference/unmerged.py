@@ -73,7 +73,7 @@ def load_unmerged(
     """
     with bone_as_miss(adapters) as known:
         trained = trained_as(base, known, options.task)
-        attachment = _Attachment(base, known, options, dequantized, keep, trained, kept or KeptBase(None))
+        attachment = _Attachment(base, known, options, dequantized, keep, trained, kept or KeptBase(keeps=False))
         reference, why = attachment.first_that_fits(None)
         if reference is None:
             with tempfile.TemporaryDirectory(prefix="lora-export-") as fleeting:

@@ -1,10 +1,14 @@
 """What a task took: seconds by stage, and the memory of its worker."""
 
 import contextlib
+import ctypes
+import gc
 import os
 import socket
+import sys
 import time
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +73,18 @@ def peak() -> int:
     from lora_export.merging import peak_rss
 
     return peak_rss()
+
+
+def freed() -> None:
+    """Give back memory that is not needed any more; what is still in use stays."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+@cache
+def spare_imports() -> None:
+    """Have no search for garbage visit what is there by now: half a million objects of torch, which last. Once in a
+    process, and between two tasks: what comes later may have to be found."""
+    gc.freeze()

@@ -14,6 +14,7 @@ from lora_export.contracts.option import kept
 from lora_export.errors import ExportError, InputError
 from lora_export.fleet.stores.protocol import Store
 from lora_export.storage.documents import as_json
+from lora_export.workflows.fleet.clock import freed
 
 if TYPE_CHECKING:
     from lora_export.validation.known import KnownBase
@@ -54,6 +55,7 @@ def fill(
     source = written_source(result)
     merged = export_merged(exported, folder, work / "onnx", options.export, progress, source)
     _answer(stage, work, alone, adapters, folder, Pair(exported, merged), options, progress)
+    freed()  # models in PyTorch, before three graphs are opened
     control = control_of(trained_on, alone, adapters, work, options, merged, progress)
     return _measure(stage, base, adapters, Pair(exported, merged), control, options, progress)
 
@@ -209,7 +211,7 @@ def _fetched(base_key: str, store: Store, scratch: Path) -> OpenedBase:
     except BaseException:
         os.close(lock)
         raise
-    return OpenedBase(base_key, home, KnownBase(home / "object" / REFERENCE), lock)
+    return OpenedBase(base_key, home, KnownBase(home / "object" / REFERENCE, weights=home / "weights"), lock)
 
 
 def _held(home: Path) -> int:

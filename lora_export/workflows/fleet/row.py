@@ -53,7 +53,7 @@ def prepare_base(task: Task, store: Store, node: Path, clock: Clock) -> RowOutco
         claim = fill(stage, work, given.base, given.adapters, given.options, clock)
     shutil.rmtree(work, ignore_errors=True)
     done = clock.outcome(task, "done", place=place, figures=RowFigures(nbytes=_bytes(stage)))
-    record = Record(SCHEMA_VERSION, key, given.inputs, done, {}, base_key=key, claim=claim)
+    record = _record(key, given, done, base_key=key, claim=claim)
     first = store.publish(stage, place, record)
     return clock.outcome(task, "done" if first else "skipped", place=place, figures=done.figures)
 
@@ -89,7 +89,7 @@ def make_row(task: Task, store: Store, node: Path, clock: Clock) -> RowOutcome:
     claim = next((n for n in story.benchmark.notes if "same file" in n), "") if story.benchmark else ""
     base_key = task.planned.base_key
     hashes = _sealed(folder)
-    record = Record(SCHEMA_VERSION, task.planned.key, given.inputs, done, hashes, base_key=base_key, claim=claim)
+    record = _record(task.planned.key, given, done, hashes, base_key=base_key, claim=claim)
     first = store.publish(folder, place, record)
     if store.read(f"failed/{task.planned.key}/{NAME}") is not None:
         store.remove(f"failed/{task.planned.key}")
@@ -232,6 +232,13 @@ def _attempt(store: Store, place: str, task: Task) -> str:
 def _placed(outcome: RowOutcome, place: str, at: str) -> RowOutcome:
     place = f"{place}/{at}" if at else place
     return replace(outcome, place=place, report=f"{place}/{REPORT}")
+
+
+def _record(
+    key: str, given: Given, outcome: RowOutcome, files: Mapping[str, StoredFile] | None = None, **more: str
+) -> Record:
+    """For the root, which other people read: it names no machine."""
+    return Record(SCHEMA_VERSION, key, given.inputs, replace(outcome, worker=""), files or {}, **more)
 
 
 def _sealed(folder: Path) -> dict[str, StoredFile]:

@@ -4,10 +4,7 @@ Light at the top: torch and all else that is heavy is imported inside a task, wh
 """
 
 import contextlib
-import ctypes
-import gc
 import os
-import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -17,7 +14,7 @@ from lora_export.contracts.fleet import RowOutcome, Task
 from lora_export.errors import LoraExportError
 from lora_export.fleet.scratch import emptied
 from lora_export.fleet.stores.protocol import opened as opened_store
-from lora_export.workflows.fleet.clock import Clock, reset_peak
+from lora_export.workflows.fleet.clock import Clock, freed, reset_peak, spare_imports
 
 _PREFIX = "lora-export-fleet-"  # of a worker's own folder in the scratch of its node
 
@@ -47,7 +44,8 @@ def carry_out(task: Task) -> RowOutcome:
     finally:
         for left in task.scratch.iterdir() if task.scratch.is_dir() else ():
             emptied(left)
-        _freed()
+        freed()
+        spare_imports()
 
 
 def node_of(scratch: Path) -> Path:
@@ -79,12 +77,3 @@ def _told(error: Exception) -> dict[str, str | None]:
         "error": type(error).__name__, "found": found, "where": None, "tensor": None, "expected": None,
         "next": "run the same command again; if it stays, its worker's log has the whole story",
     }  # fmt: skip
-
-
-def _freed() -> None:
-    """Give back what the task does not need any more; the base that the next one shares stays."""
-    gc.collect()
-    gc.freeze()  # what is left by now lasts: half a million objects of torch, which no later search need visit
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
