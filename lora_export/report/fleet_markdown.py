@@ -10,6 +10,7 @@ _MARKS = {"good": "✅", "bad": "❌", "unsure": "⚠️", "off": "➖"}
 _FAILED = 20  # rows that are named; the others are counted
 _CHANGED = 10  # of a kind
 _STAGES = 5  # the longest
+_WORST = 5
 _LONGEST = 300  # characters of a reason
 
 
@@ -20,10 +21,13 @@ def markdown(report: FleetReport) -> str:
     if report.bases:
         lines += ["", *_table(story.BASES_HEAD, story.base_rows(report))]
     lines += _failed(story.not_there(report.rows))
-    if worst := story.worst_survival(report.rows):
-        cells = [(r.name, r.base, story.share(r.survival), story.figure(r.kl)) for r in worst]
-        lines += ["", "## Least of the adapter's effect kept", ""]
-        lines += _table(("adapter", "base", "survival", "KL, nats"), cells)
+    for title, worst in (
+        ("Least of the adapter's effect kept", story.worst_survival(report.rows)),
+        ("Farthest from the merged model", story.worst_kl(report.rows)),
+    ):
+        cells = [(r.name, r.base, story.share(r.survival), story.figure(r.kl)) for r in worst[:_WORST]]
+        if cells:
+            lines += ["", f"## {title}", "", *_table(("adapter", "base", "survival", "KL, nats"), cells)]
     if report.previous:
         lines += ["", f"## Changed since {escaped(report.previous.created)}", "", *_changed(report)]
     if claims := story.claims(report):
