@@ -43,6 +43,7 @@ def cluster_of(*cores: int, free: int | None = None) -> Any:
         ((0, 3), None, None, (2, 1)),  # the head does no work
         ((4, 4), None, 2, (4, 2)),
         ((4, 4), None, 3, (2, 3)),  # not 8 // 3: no node has room for two of three cores beside another
+        ((3, 1), None, 2, (1, 2)),  # not 4 // 2: only one node has two cores
         ((1, 1, 1), None, 3, (1, 3)),
     ],
 )
