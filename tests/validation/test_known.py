@@ -146,9 +146,9 @@ def test_validate_in_low_precision_has_the_figures_of_a_fresh_validation(
     shop: Shop, tmp_path: Path, precision: str, taken: list[str]
 ) -> None:
     known = KnownBase(tmp_path / "known")
-    shop.judged("dora", known, shop.pair("dora", precision), least_survival=0.0)
+    shop.judged("dora", known, shop.pair("dora", precision), min_survival=0.0)
     taken.clear()
-    alone = {"pair": shop.pair("lora", precision), "least_survival": 0.0}
+    alone = {"pair": shop.pair("lora", precision), "min_survival": 0.0}
     warm = shop.judged("lora", known, **alone)
     assert known_of(taken) == ALL
     assert dataclasses.asdict(warm) == dataclasses.asdict(shop.judged("lora", **alone))
