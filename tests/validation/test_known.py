@@ -203,6 +203,7 @@ def test_validate_answers_that_the_base_here_does_not_give_are_not_used(
     assert dataclasses.asdict(warm) == dataclasses.asdict(shop.judged("lora"))
 
 
+@pytest.mark.slow
 def test_validate_damaged_answers_are_computed_again_with_a_warning(
     shop: Shop, tmp_path: Path, taken: list[str]
 ) -> None:
@@ -242,6 +243,7 @@ def names_of_failed(result: ValidationResult) -> set[str]:
     return {c.name for c in result.checks if not c.passed}
 
 
+@pytest.mark.slow
 def test_validate_faulty_merge_fails_alike_with_what_is_known(shop: Shop, tmp_path: Path, taken: list[str]) -> None:
     known = KnownBase(tmp_path / "known")
     shop.judged("dora", known)
