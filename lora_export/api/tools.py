@@ -234,8 +234,9 @@ def report(
     """
     from lora_export.workflows import run_report
     from lora_export.workflows.fleet import joined
+    from lora_export.workflows.fleet.verifying import is_root
 
-    if joined.is_fleet(str(run)):
+    if is_root(str(run)):
         if compare is not None or output is not None:
             raise InputError(
                 "a fleet, which is not compared with a run",

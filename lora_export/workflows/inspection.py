@@ -20,6 +20,7 @@ from lora_export.quantization import describe, method_here, settings_of, with_se
 from lora_export.report import load as report_of
 from lora_export.storage.sealed import read_json
 from lora_export.workflows.fleet import joined
+from lora_export.workflows.fleet.verifying import is_root
 from lora_export.workflows.parameters import parameters, parameters_of_base
 from lora_export.workflows.pipelines.inspecting import fit, inspect_file, inspect_pipeline
 
@@ -53,7 +54,7 @@ def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
         return _run(folder)
     if any((folder / name).is_file() for name in ("export.json", "model.onnx")):
         return _onnx(folder)
-    if joined.is_fleet(str(folder)):
+    if is_root(str(folder)):
         return joined.described(folder)
     if is_pipeline(folder):
         return inspect_pipeline(folder)

@@ -15,18 +15,12 @@ from lora_export.fleet import records
 from lora_export.fleet.stores.protocol import Store, opened
 from lora_export.report import fleet_document, fleet_rows
 from lora_export.version import __version__
-from lora_export.workflows.fleet.verifying import is_root
 
 _SHARD = re.compile(r"shards/(\d+)-of-(\d+)/fleet\.json")
 _GONE = {
     "error": "InputError", "found": "its object is no longer in the root", "where": None, "tensor": None,
     "expected": None, "next": "run the fleet again, which makes it",
 }  # fmt: skip
-
-
-def is_fleet(path: str) -> bool:
-    """Whether `report` of a path means a fleet: the root of one, or what shards have left of it."""
-    return is_root(path) or Path(path, "shards").is_dir()
 
 
 def report(root: str) -> FleetPages:

@@ -27,7 +27,7 @@ from lora_export.fleet.records import decoded
 from lora_export.fleet.stores.protocol import Store
 from lora_export.fleet.stores.writing import FOLDER
 from lora_export.workflows.fleet import needs
-from lora_export.workflows.fleet.joined import is_fleet
+from lora_export.workflows.fleet.verifying import is_root
 
 T = TypeVar("T")
 _DOWNLOADS = 8  # at once
@@ -55,7 +55,7 @@ def plan(
 def refuse_occupied(store: Store) -> None:
     """InputError for a folder that holds something else, such as a model: no fleet may change it."""
     folder = Path(store.where)
-    if "://" in store.where or not folder.is_dir() or is_fleet(store.where):
+    if "://" in store.where or not folder.is_dir() or is_root(store.where):
         return
     other = next((p.name for p in sorted(folder.iterdir()) if p.name not in (FOLDER, CLAIMS)), None)
     if other is not None:

@@ -59,7 +59,7 @@ def is_root(path: str) -> bool:
     """Whether something is the root of a fleet, or can be nothing else that is checked (a URL)."""
     if "://" in path:
         return True
-    return any(Path(path, name).exists() for name in ("fleet.json", *PLACES))
+    return any(Path(path, name).exists() for name in ("fleet.json", "shards", *PLACES))
 
 
 def verify_root(root: str, progress: Progress) -> Verification:
