@@ -231,7 +231,6 @@ def loop(
 ) -> dict[str, Any]:
     """Commands one after another. graphs: each base's first run gives the others its graph (--graph-from)."""
     work.mkdir(parents=True, exist_ok=True)
-    said = [word for k, v in options.items() for word in (f"--{k}", str(v))]
     done: dict[str, Any] = {}
     for base, adapters in bases.values():
         first = work / f"first-{base.name}"
@@ -241,6 +240,11 @@ def loop(
                 out = work / "out"
                 for old in (out, out.with_name("out.failed")):
                     shutil.rmtree(old, ignore_errors=True)
+                # A graph that is taken has its precision.
+                how = (
+                    {k: v for k, v in options.items() if k != "precision"} if graphs and first.exists() else options
+                )
+                said = [word for k, v in how.items() for word in (f"--{k}", str(v))]
                 source = ["--graph-from", first] if graphs and first.exists() else []
                 run = ran(
                     [*TOOL, "merge-and-export", "-b", base, "-a", adapter, "-o", out, *said, *source], VERDICT
