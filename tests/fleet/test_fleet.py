@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_export.contracts import FleetOptions, FleetResult
+from lora_export.contracts import FleetOptions, FleetResult, FleetRow, PlannedRow
 from lora_export.errors import InputError
 from lora_export.workflows.fleet import fleet as joined
 from tests.builders import handmade_adapter, llama_config, save_base
@@ -109,3 +109,14 @@ def test_fleet_engine_that_is_none_is_refused_first(tmp_path: Path, on: str) -> 
     with pytest.raises(InputError, match="--on"):
         run(tmp_path, tmp_path, "*", on=on)
     assert not (tmp_path / "root").exists()
+
+
+def test_local_inputs_are_bases_and_adapters_of_this_machine(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "a"
+    for folder in (base, adapter):
+        folder.mkdir()
+    rows = [
+        PlannedRow(FleetRow("1", "b", str(base), (f"{adapter}:0.5", "s3://bucket/a")), "k"),
+        PlannedRow(FleetRow("2", "b", "owner/name@main", (str(adapter),)), "l"),
+    ]
+    assert joined.local_inputs(rows) == (adapter, base)

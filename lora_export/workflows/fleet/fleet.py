@@ -3,7 +3,7 @@
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -74,7 +74,14 @@ def engine_for(options: FleetOptions, root: str, scratch: Path, to_do: Sequence[
     from lora_export.fleet.engines.ray import RayEngine
     from lora_export.workflows.fleet.work import carry_out
 
-    return RayEngine(options.on, carry_out, workers=options.workers, root=root)
+    return RayEngine(options.on, carry_out, workers=options.workers, root=root, needed=local_inputs(to_do))
+
+
+def local_inputs(rows: Iterable[PlannedRow]) -> tuple[Path, ...]:
+    """The folders and files of this machine that rows read: bases, and adapters with or without a weight behind."""
+    named = {n for p in rows for n in (p.row.model, *p.row.adapters)}
+    paths = (Path(n if Path(n).exists() else n.rpartition(":")[0]) for n in sorted(named) if "://" not in n)
+    return tuple(dict.fromkeys(path for path in paths if path.name and path.exists()))
 
 
 def _tidy(store: Store, scratch: Path) -> None:
