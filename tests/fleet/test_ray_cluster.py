@@ -122,7 +122,7 @@ def jobs(folder: Path) -> Path:
     (folder / "prompts.txt").write_text("a few words\n")
     (folder / "jobs.toml").write_text(
         'text = "text.txt"\nprompts = "prompts.txt"\nprovider = "cpu"\nmax-time = "2s"\nmargin = 0.5\n'
-        'batch = 1\nprompt-length = 8\n'
+        "batch = 1\nprompt-length = 8\n"
         '[base.tiny]\nmodel = "base"\n[[adapters]]\nbase = "tiny"\nglob = "adapters/*"\n'
     )
     return folder / "jobs.toml"
