@@ -1,5 +1,6 @@
 """What can go wrong, in words that a person can act on, with the exit code for scripts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_export.escape import shown
@@ -7,6 +8,7 @@ from lora_export.escape import shown
 EXIT_FAILED = 1
 EXIT_GATE = 3
 EXIT_INTERRUPTED = 130
+FAULTS_SHOWN = 25  # of a jobs file, in a message
 LONGEST = 2000  # characters of one part of a message; a name in a file may be longer than a screen
 
 
@@ -69,6 +71,31 @@ class InputError(LoraExportError):
     Cause: a folder that does not exist or is of another kind, options that exclude each other, a damaged document.
     Cure: `lora-export inspect PATH` says what a folder is; the error names the options, and which to drop.
     """
+
+
+class JobsError(InputError):
+    """All faults of a jobs file at once.
+
+    Cause: keys that no option has, values that an option does not take, rows without a base or with the same name.
+    Cure: each fault names its line and key; `lora-export fleet JOBS -o ROOT --dry-run` says when none is left.
+    """
+
+    def __init__(self, path: Path, faults: Sequence[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__(
+            f"{len(faults)} faults in the jobs file",
+            where=path,
+            expected="a jobs file without any, before the first row is worked on",
+            next_step=f"correct them, and lora-export fleet {path.name} -o ROOT --dry-run",
+        )
+
+    def message(self) -> str:
+        lines = [f"  {n}. {fault}" for n, fault in enumerate(self.faults[:FAULTS_SHOWN], 1)]
+        left = len(self.faults) - FAULTS_SHOWN
+        return "\n".join([super().message(), *lines, *([f"  … and {left} more, which --json lists"] * (left > 0))])
+
+    def as_json(self) -> dict[str, str | None]:
+        return {**super().as_json(), "faults": list(self.faults)}  # type: ignore[dict-item]
 
 
 class CheckpointError(LoraExportError):

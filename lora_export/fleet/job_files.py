@@ -8,14 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_export.errors import InputError, plain
+from lora_export.errors import InputError, JobsError, plain
 from lora_export.storage.documents import parse_json, walk
 from lora_export.storage.sealed import LARGEST, LARGEST_SETTINGS
 
 MOST_ROWS = 1_000_000
 LONGEST_LINE = 2**20  # characters of a row of CSV or JSONL
 TABLES = (".csv", ".jsonl")  # files with a row an adapter
-_SHOWN = 25  # faults in words; JSON has them all
 _SEVERAL = ";"  # between the values of one cell
 
 
@@ -70,28 +69,6 @@ class Fault:
         return plain(f"{self.where}: {self.found}{more}" + (f"; {self.next_step}" if self.next_step else ""))
 
 
-class JobsError(InputError):
-    """All faults of a jobs file at once."""
-
-    def __init__(self, path: Path, faults: Sequence[Fault]) -> None:
-        self.faults = tuple(faults)
-        super().__init__(
-            f"{len(faults)} faults in the jobs file",
-            where=path,
-            expected="a jobs file without any, before the first row is worked on",
-            next_step=f"correct them, and lora-export fleet {path.name} -o ROOT --dry-run",
-        )
-
-    def message(self) -> str:
-        lines = [f"  {n}. {fault.words()}" for n, fault in enumerate(self.faults[:_SHOWN], 1)]
-        left = len(self.faults) - _SHOWN
-        return "\n".join([super().message(), *lines, *([f"  … and {left} more, which --json lists"] * (left > 0))])
-
-    def as_json(self) -> dict[str, str | None]:
-        every = [f.words() for f in self.faults]
-        return {**super().as_json(), "error": InputError.__name__, "faults": every}  # type: ignore[dict-item]
-
-
 class Faults:
     """What is wrong in a file, gathered: once, where many rows have it from one place."""
 
@@ -116,7 +93,7 @@ class Faults:
                 one.found, where=one.where, expected=one.expected or None, next_step=one.next_step or None
             )
         if faults:
-            raise JobsError(self.path, faults)
+            raise JobsError(self.path, [f.words() for f in faults])
 
 
 def read_text(path: Path, limit: int) -> str:
@@ -297,5 +274,5 @@ def _why(error: ValueError) -> str:
 
 
 __all__ = [
-    "MOST_ROWS", "TABLES", "Document", "Faults", "JobsError", "Layer", "Place", "read_rows", "read_toml",
+    "MOST_ROWS", "TABLES", "Document", "Faults", "Layer", "Place", "read_rows", "read_toml",
 ]  # fmt: skip

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from lora_export.contracts import Progress
+from lora_export.errors import InputError
 from lora_export.validation import values as plain_values
 from lora_export.validation.comparing import sentence
 from lora_export.validation.prints import digest, fingerprint
@@ -105,7 +106,7 @@ class Answers:
             return value
         place = known.folder / digest({"what": what, "inputs": inputs, **self.depends})
         if place.is_dir():
-            with contextlib.suppress(_Damaged):
+            with contextlib.suppress(InputError):
                 value = self._read(place, known)
                 self.taken.append(what)
                 return value
@@ -164,11 +165,11 @@ class Answers:
                 seen = now.st_size, now.st_mtime_ns
                 if known._sound.get(file) != seen:
                     if hash_of(file) != stated["files"][file.name]:
-                        raise _Damaged
+                        raise InputError("the answers were changed", where=file)
                     known._sound[file] = seen
             return plain_values.unpacked(stated["value"], files.__getitem__, Shelf)
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise _Damaged from error
+            raise InputError("the answers are damaged", where=place) from error
 
 
 def materialized(value: Any) -> Any:
@@ -176,10 +177,6 @@ def materialized(value: Any) -> Any:
     if isinstance(value, Iterator):
         return list(value)
     return {name: materialized(part) for name, part in value.items()} if isinstance(value, dict) else value
-
-
-class _Damaged(Exception):
-    pass
 
 
 def _written(tensors: Iterable[torch.Tensor], folder: Path, first: int = 0) -> list[Path]:

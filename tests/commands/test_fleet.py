@@ -96,7 +96,7 @@ def test_fleet_faults_of_the_jobs_file_are_all_told(tmp_path: Path) -> None:
         assert found.exit_code == 1 and not (tmp_path / "root").exists()
         assert "2 faults" in found.stderr and "line 3: precision = 'int6'" in found.stderr
         document = json.loads(found.stdout)
-        assert document["error"] == "InputError" and len(document["faults"]) == 2
+        assert document["error"] == "JobsError" and len(document["faults"]) == 2
 
 
 def test_fleet_dry_run_tells_states_bytes_and_who_stands_alone(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lora_export.contracts import FleetRow
-from lora_export.errors import InputError
+from lora_export.errors import InputError, JobsError
 from lora_export.fleet import job_files
 from lora_export.workflows.fleet.options import REFUSED, keys, read_rows
 
@@ -277,7 +277,7 @@ def test_jobs_every_fault_is_told_once_in_the_order_of_lines(here: Path) -> None
     assert len(found) == 2 and "did you mean precision?" in found[0] and "line 202: 2 cells" in found[1]
     found = faults(here, "model,adapter,precision\n" + "\n".join(lines) + "\n", "jobs.csv")
     assert [f"line {n}:" in f for n, f in zip(range(3, 202, 2), found, strict=True)] == [True] * 100
-    with pytest.raises(InputError, match=r"and 75 more, which --json lists"):
+    with pytest.raises(JobsError, match=r"and 75 more, which --json lists"):
         read_rows(here / "jobs.csv")
     assert len(faults(here, f'tolerance = 0\nmargin = "9"\n{ONE}')) == 2  # of defaults once, whatever the rows
 

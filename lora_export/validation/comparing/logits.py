@@ -96,7 +96,7 @@ class _Rows:
 
 
 def _rows(a: torch.Tensor, b: torch.Tensor, following: torch.Tensor) -> _Rows:
-    wide = a.double()
+    wide = a.to(torch.float64, copy=True)  # which is overwritten below
     p = torch.log_softmax(wide, -1)
     p_token = p.gather(-1, following[:, None]).squeeze(-1)
     if torch.equal(a, b) and bool(a.isfinite().all()):  # the same bits: most often one run beside another
