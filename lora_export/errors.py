@@ -154,3 +154,11 @@ class GateFailed(LoraExportError):
     """
 
     exit_code = EXIT_GATE
+
+
+class UnclearError(Exception):
+    """Between functions: a request to a store without an answer, which may be carried out yet. error: in words."""
+
+    def __init__(self, error: OutputError) -> None:
+        super().__init__(str(error))
+        self.error = error

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from lora_export.api.arguments import SILENT
-from lora_export.errors import InputError, OutputError, RuntimeUnavailable
+from lora_export.errors import InputError, OutputError, RuntimeUnavailable, UnclearError
 from lora_export.fleet.stores import attempts, bucket, opened
-from lora_export.fleet.stores.bucket import Bucket, UnclearError, checked_url
+from lora_export.fleet.stores.bucket import Bucket, checked_url
 from lora_export.fleet.stores.inputs import localized
 from lora_export.fleet.stores.objects import ObjectStore
 from lora_export.workflows.fleet.verifying import verify_root

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from lora_export.errors import InputError, OutputError, RuntimeUnavailable
+from lora_export.errors import InputError, OutputError, RuntimeUnavailable, UnclearError
 from lora_export.fleet.stores.files import AGAIN
 from lora_export.storage.sealed import plain_path
 
@@ -42,14 +42,6 @@ _SETTINGS = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "az": "AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
 }
-
-
-class UnclearError(Exception):
-    """A request without an answer: the store may have carried it out, or may still do so. error: in words."""
-
-    def __init__(self, error: OutputError) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 @dataclass(frozen=True)

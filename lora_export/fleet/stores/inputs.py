@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from lora_export.errors import InputError, OutputError
-from lora_export.fleet.stores.bucket import SCHEMES, Bucket, UnclearError, checked_url, opened_bucket
+from lora_export.errors import InputError, OutputError, UnclearError
+from lora_export.fleet.stores.bucket import SCHEMES, Bucket, checked_url, opened_bucket
 from lora_export.fleet.stores.files import disk_errors, written
 from lora_export.fleet.stores.folder import put_folder
 from lora_export.fleet.stores.writing import writing
