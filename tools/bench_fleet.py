@@ -43,7 +43,7 @@ def tiny(given: argparse.Namespace) -> dict[str, Any]:
         "precision": "fp32", "max-time": "2s", "margin": 0.5, "validation-seed": 0,
     }  # fmt: skip
     bases = {f"tiny{b}": (work / f"base{b}", work / f"adapters{b}") for b in range(2)}
-    commands = loop(work / "loop", options, bases, graphs=False)
+    commands = loop(work / "loop", options, bases, graphs=False, most=given.commands)
     jobs = jobs_file(work / "jobs.toml", options, bases)
     run = fleet(jobs, work / "root", work / "scratch", "--workers", given.workers)
     return {
@@ -65,7 +65,7 @@ def smollm2(given: argparse.Namespace) -> dict[str, Any]:
             "prompts": str(work / "prompts.txt"), "provider": "cpu", "precision": precision,
             "max-time": given.max_time, "validation-seed": 0,
         }  # fmt: skip
-        commands = loop(work / f"loop-{precision}", options, bases, graphs=True)
+        commands = loop(work / f"loop-{precision}", options, bases, graphs=True, most=given.commands)
         jobs = jobs_file(work / f"{precision}.toml", options, bases)
         run = fleet(jobs, work / "root", work / "scratch", "--workers", given.workers)
         found[precision] = {"beside": beside(run, commands), "same": compared(run["rows"], commands), "fleet": run,
@@ -198,6 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--rows", type=int, help="adapters (of each base); default: those of the lines above")
+    parser.add_argument("--commands", type=int, help="of each base; default: one for each adapter")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3, help="of rerun, plan and engines")
     parser.add_argument("--precision", nargs="+", default=["fp32", "int4"], help="of smollm2 and memory")
