@@ -1,6 +1,5 @@
 """The HTML page: one file, no script, nothing loaded from anywhere."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -40,7 +39,6 @@ def rendered(template: str, **context: object) -> str:
     return _environment().get_template(template).render(css=_stylesheet(), **context).lstrip() + "\n"
 
 
-@functools.cache
 @cache
 def _environment() -> "Environment":
     """One for all pages of a process, which keeps its templates compiled."""

@@ -25,6 +25,7 @@ import torch
 
 from lora_export.contracts import Progress
 from lora_export.errors import InputError
+from lora_export.storage.sealed import sha256
 from lora_export.validation import values as plain_values
 from lora_export.validation.comparing import sentence
 from lora_export.validation.prints import digest, fingerprint
@@ -33,7 +34,6 @@ from lora_export.validation.reference.kept import KeptBase, state_of
 MOST_BYTES = 2**31  # of answers that are kept; what is beyond is computed anew each time
 _LIBRARIES = ("torch", "transformers", "peft", "onnxruntime", "numpy", "lora_export")
 _VALUE = "value.json"
-_CHUNK = 16 * 2**20  # bytes that are hashed at once
 Value = TypeVar("Value")
 
 
@@ -152,7 +152,7 @@ class Answers:
             return len(files) - 1
 
         document = plain_values.packed(value, put)
-        stated = {"value": document, "files": {f.name: hash_of(f) for f in files}}
+        stated = {"value": document, "files": {f.name: sha256(f) for f in files}}
         (folder / _VALUE).write_text(json.dumps(stated), encoding="utf-8")
         return folder, plain_values.unpacked(document, files.__getitem__, Shelf)
 
@@ -164,7 +164,7 @@ class Answers:
                 now = file.stat()
                 seen = now.st_size, now.st_mtime_ns
                 if known._sound.get(file) != seen:
-                    if hash_of(file) != stated["files"][file.name]:
+                    if sha256(file) != stated["files"][file.name]:
                         raise InputError("the answers were changed", where=file)
                     known._sound[file] = seen
             return plain_values.unpacked(stated["value"], files.__getitem__, Shelf)
@@ -186,11 +186,6 @@ def _written(tensors: Iterable[torch.Tensor], folder: Path, first: int = 0) -> l
         files.append(folder / f"{at}.npy")
         np.save(files[-1], tensor.numpy())
     return files
-
-
-def hash_of(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _bytes_below(folder: Path) -> int:
@@ -234,7 +229,7 @@ def _files(folder: Path) -> Iterator[tuple[str, str]]:
 @functools.lru_cache(maxsize=256)
 def _hash_once(file: Path, *_told: int) -> str:
     """_told: what changes with the file."""
-    return hash_of(file)
+    return sha256(file)
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from lora_export.contracts import (
     ValidationResult,
 )
 from lora_export.errors import InputError
+from lora_export.storage.memory import freed
 from lora_export.storage.sealed import read_json
 from lora_export.validation import kinds
 from lora_export.validation.comparing import sentence
@@ -33,7 +34,6 @@ from lora_export.validation.graphs.exports import Judge
 from lora_export.validation.known import Answers, KnownBase, of_model
 from lora_export.validation.reference.combined import WITHOUT_A_RUN, reference_adapter
 from lora_export.validation.reference.files import headers
-from lora_export.validation.reference.kept import trimmed
 from lora_export.validation.reference.loading import (
     load_as_stored,
     load_merged,
@@ -103,7 +103,7 @@ def _result_of(task: Validation, answers: Answers) -> ValidationResult:
     if task.exports and isinstance(comparison, DecoderComparison):
         answers.rest()
         comparison.run_first(task.exports[0].merged_graphs, task.options.provider)
-        trimmed()
+        freed()
     if not task.graphs_alone:
         models = _with_merged(task, models)
         comparison.dtypes = models.dtypes
@@ -120,7 +120,7 @@ def _result_of(task: Validation, answers: Answers) -> ValidationResult:
     if task.exports:
         merged = _merged(merged, task, comparison.kept_by_merged(), result)
     models = replace(models, merged=None)  # frees its memory
-    trimmed()
+    freed()
     return _with_graphs(result, task, models, comparison, merged)
 
 

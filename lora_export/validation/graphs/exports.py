@@ -13,6 +13,7 @@ import torch
 from lora_export.contracts import ExportedPair
 from lora_export.errors import ExportError
 from lora_export.sentence_modules import modules_of, weight_files
+from lora_export.storage.sealed import sha256
 from lora_export.validation.comparing.arithmetic import Arithmetic
 from lora_export.validation.comparing.comparison import Comparison, Graph
 from lora_export.validation.comparing.decoder import BASE
@@ -21,7 +22,7 @@ from lora_export.validation.graphs import weights as graph_weights
 from lora_export.validation.graphs.model import GraphModel, graph_model, shapes_of, tied
 from lora_export.validation.graphs.moments import Moments
 from lora_export.validation.graphs.numbers import Expected, base_numbers, effective_numbers, numbers_of
-from lora_export.validation.known import files_digest, hash_of
+from lora_export.validation.known import files_digest
 from lora_export.validation.reference.probes import saved_whole, wrapped_modules
 
 QUANTIZED = ("int4", "int8", "nf4")
@@ -82,7 +83,7 @@ class Judge:
             "prefix": base.prefix,
             "types": {name: str(dtype) for name, dtype in self.dtypes.items()},
             "shapes": shapes_of(self.merged),
-            "modules": (modules_of(self.merged), {p: hash_of(f) for p, f in weight_files(self.merged).items()}),
+            "modules": (modules_of(self.merged), {p: sha256(f) for p, f in weight_files(self.merged).items()}),
             "saved": self._saved(),
             "tied": tied(self.merged),
             "kept": self.keep,

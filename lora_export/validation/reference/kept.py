@@ -7,7 +7,6 @@ parameters and buffers, no hook and no attribute more, and the same bytes. Else 
 
 import contextlib
 import ctypes
-import gc
 import os
 import tempfile
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -142,10 +141,3 @@ def _hooks(module: nn.Module) -> Iterator[tuple[str, list[int]]]:
     for name, value in vars(module).items():
         if name.endswith("_hooks") and isinstance(value, dict):
             yield name, sorted(map(id, value.values()))
-
-
-def trimmed() -> None:
-    """Give the memory of what is no longer used back to the system."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

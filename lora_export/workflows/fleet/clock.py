@@ -1,11 +1,9 @@
 """What a task took: seconds by stage, and the memory of its worker."""
 
 import contextlib
-import ctypes
 import gc
 import os
 import socket
-import sys
 import time
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -73,14 +71,6 @@ def peak() -> int:
     from lora_export.merging import peak_rss
 
     return peak_rss()
-
-
-def freed() -> None:
-    """Give back memory that is not needed any more; what is still in use stays."""
-    gc.collect()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 @cache

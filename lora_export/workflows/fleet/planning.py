@@ -150,11 +150,8 @@ class _Inputs:
             pairs = [(self._contents(a.folder).files, a.weight) for a in adapters]
             inputs = row_inputs(row, self._contents(base).files, pairs, self.spelled)
             return PlannedRow(row, key_of(inputs, self.spelled))
-        except LoraExportError as error:
-            return PlannedRow(row, "", state="refused", error=error.as_json())
-        except OSError as error:
-            told = InputError(f"the file cannot be read: {error.strerror}", where=error.filename)
-            return PlannedRow(row, "", state="refused", error=told.as_json())
+        except (LoraExportError, OSError) as error:
+            return _refused(PlannedRow(row, ""), error)
 
     def base_of(self, row: FleetRow) -> Path:
         return _found(self.models[row.model])
@@ -172,11 +169,8 @@ class _Inputs:
             self._refuse(row, base, adapters)
             weights = self._weights_of(row, base)
             alone = self._why_alone(row, base, adapters)
-        except LoraExportError as error:
-            return replace(planned, state="refused", error=error.as_json())
-        except OSError as error:
-            told = InputError(f"the file cannot be read: {error.strerror}", where=error.filename)
-            return replace(planned, state="refused", error=told.as_json())
+        except (LoraExportError, OSError) as error:
+            return _refused(planned, error)
         base_key = "" if alone else self._base_key(row, base)
         return replace(
             planned,
@@ -185,8 +179,6 @@ class _Inputs:
             nbytes=needs.scratch(row, weights),
             output_bytes=needs.output(row, weights),
         )
-
-    # --- finding ---------------------------------------------------------------------------------------------
 
     # --- what headers show -----------------------------------------------------------------------------------
 
@@ -252,6 +244,12 @@ class _Inputs:
             except LoraExportError as error:
                 self._weights[what] = error
         return _found(self._weights[what])
+
+
+def _refused(planned: PlannedRow, error: LoraExportError | OSError) -> PlannedRow:
+    if isinstance(error, OSError):
+        error = InputError(f"the file cannot be read: {error.strerror}", where=error.filename)
+    return replace(planned, state="refused", error=error.as_json())
 
 
 def located_model(model: str, scratch: Path | None) -> Source:

@@ -12,9 +12,10 @@ from lora_export.choices import Provider
 from lora_export.contracts import AdapterChoice, BenchmarkOptions, Progress, Report, Source, StoryOptions
 from lora_export.contracts.option import kept
 from lora_export.errors import ExportError, InputError
+from lora_export.fleet.scratch import PREFIX
 from lora_export.fleet.stores.protocol import Store
 from lora_export.storage.documents import as_json
-from lora_export.workflows.fleet.clock import freed
+from lora_export.storage.memory import freed
 
 if TYPE_CHECKING:
     from lora_export.validation.known import KnownBase
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from lora_export.workflows.shared_base import SharedBase
 
 ONNX, REFERENCE, BENCHMARK = "onnx", "reference", "benchmark"
-PREFIX = "lora-export-fleet-"  # folders of a node's scratch that are swept once nobody has them open
 
 
 # --- making --------------------------------------------------------------------------------------------------

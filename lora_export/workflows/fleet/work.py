@@ -12,11 +12,10 @@ from pathlib import Path
 
 from lora_export.contracts.fleet import RowOutcome, Task
 from lora_export.errors import LoraExportError
-from lora_export.fleet.scratch import emptied
+from lora_export.fleet.scratch import PREFIX, emptied
 from lora_export.fleet.stores.protocol import opened as opened_store
-from lora_export.workflows.fleet.clock import Clock, freed, reset_peak, spare_imports
-
-_PREFIX = "lora-export-fleet-"  # of a worker's own folder in the scratch of its node
+from lora_export.storage.memory import freed
+from lora_export.workflows.fleet.clock import Clock, reset_peak, spare_imports
 
 
 def carry_out(task: Task) -> RowOutcome:
@@ -50,7 +49,7 @@ def carry_out(task: Task) -> RowOutcome:
 
 def node_of(scratch: Path) -> Path:
     """The scratch of the node, which its workers share. Engines give each task a folder in one of its worker."""
-    return scratch.parent.parent if scratch.parent.name.startswith(_PREFIX) else scratch.parent
+    return scratch.parent.parent if scratch.parent.name.startswith(PREFIX) else scratch.parent
 
 
 @contextlib.contextmanager
