@@ -236,7 +236,7 @@ class LocalEngine:
 
     def __init__(self, work: str, count: int | None, scratch: Path, *, most: int | None = None) -> None:
         available = usable_cores()
-        count = count or max(1, len(available) // CORES_PER_WORKER)
+        count = count or default_workers()
         count = count if most is None else max(1, min(count, most))
         self.threads = max(1, len(available) // count)
         token = secrets.token_hex(8)
@@ -263,6 +263,11 @@ class LocalEngine:
                 slot.close()
             self._sentry.close()
             sweep(self._scratch)
+
+
+def default_workers() -> int:
+    """How many workers this machine has where nobody says."""
+    return max(1, len(usable_cores()) // CORES_PER_WORKER)
 
 
 def usable_cores() -> tuple[int, ...]:

@@ -349,5 +349,7 @@ def to_do(planned: Iterable[PlannedRow]) -> list[PlannedRow]:
 
 def disk_at_once(planned: Iterable[PlannedRow], options: FleetOptions) -> int:
     """Scratch of this machine's workers, if the rows that need most come together."""
-    workers = options.workers or max(1, (os.cpu_count() or 1) // 2)
+    from lora_export.fleet.engines.local import default_workers
+
+    workers = options.workers or default_workers()
     return sum(sorted((p.nbytes for p in to_do(planned)), reverse=True)[:workers])
