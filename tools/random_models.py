@@ -38,6 +38,9 @@ class Shape:
     kv_heads: int
     vocabulary: int = 32000
     tied: bool = False
+    positions: int = 2048
+    epsilon: float = 1e-6
+    theta: float = 10_000.0
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Module → (out, in), for the seven linear projections of every layer."""
@@ -65,9 +68,20 @@ class Shape:
         }
 
 
-SHAPES = {
+SHAPES = {  # 135M: SmolLM2's
     "tiny": Shape(hidden=64, intermediate=192, layers=2, heads=4, kv_heads=2, vocabulary=320, tied=True),
-    "135M": Shape(hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, vocabulary=49152, tied=True),
+    "135M": Shape(
+        hidden=576,
+        intermediate=1536,
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        vocabulary=49152,
+        tied=True,
+        positions=8192,
+        epsilon=1e-5,
+        theta=100_000.0,
+    ),
     "0.1B": Shape(hidden=768, intermediate=2048, layers=12, heads=12, kv_heads=12),
     "1.1B": Shape(hidden=2048, intermediate=5632, layers=22, heads=32, kv_heads=4),
     "3B": Shape(hidden=3072, intermediate=8192, layers=28, heads=24, kv_heads=8),
@@ -105,6 +119,9 @@ def write_config(folder: Path, shape: Shape, **more: Any) -> None:
         num_key_value_heads=shape.kv_heads,
         vocab_size=shape.vocabulary,
         tie_word_embeddings=shape.tied,
+        max_position_embeddings=shape.positions,
+        rms_norm_eps=shape.epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.theta},
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
         **more,
