@@ -268,9 +268,10 @@ class BenchmarkSizes:
     """The command line's way to say `BenchmarkOptions.shapes`: a grid, or batch sizes and prompt lengths."""
 
     SECTION: ClassVar[str] = BENCHMARK
-    grid: choices.Grid = option(
-        "quick", "Batch sizes and prompt lengths to measure. "
+    grid: choices.Grid | None = option(
+        None, "Batch sizes and prompt lengths to measure. "
         + "; ".join(f"{name}: {', '.join(f'{b}×{n}' for b, n in grid)}" for name, grid in choices.GRIDS.items()),
+        default_text="quick where base and merged are one graph or there is no base, otherwise standard",
     )
     batches: tuple[int, ...] = option(
         (), "Batch size, in place of the grid's. May be given more than once.", flags=("--batch",), minimum=1
@@ -282,22 +283,22 @@ class BenchmarkSizes:
     )
 
     @property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
-        grid = choices.GRIDS[self.grid]
+    def shapes(self) -> choices.Shapes | None:
         if not (self.batches or self.lengths):
-            return grid
-        batches, lengths = self.batches or (grid[0][0],), self.lengths or (grid[0][1],)
+            return choices.GRIDS[self.grid] if self.grid else None
+        (one,) = choices.GRIDS["quick"]
+        batches, lengths = self.batches or (one[0],), self.lengths or (one[1],)
         return tuple((batch, length) for batch in batches for length in lengths)
 
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """Options of a benchmark. shapes: (batch, prompt tokens) of each cell; max_seconds: for all cells together;
-    configured: a configuration file and what it set, for the report."""
+    """Options of a benchmark. shapes: (batch, prompt tokens) of each cell, None: as the graphs ask; max_seconds:
+    for all cells together; configured: a configuration file and what it set, for the report."""
 
     SECTION: ClassVar[str] = BENCHMARK
     provider: choices.Provider = option("auto", PROVIDER_HELP, EXPORT)
-    shapes: tuple[tuple[int, int], ...] = taken_from(BenchmarkSizes, "shapes", choices.GRIDS["quick"])
+    shapes: choices.Shapes | None = taken_from(BenchmarkSizes, "shapes", None)
     margin: float = option(
         0.01, "Largest relative difference in latency that still counts as none, as 1% or 0.01.", minimum=0.0005,
         maximum=0.5, unit="share", metavar="SHARE", default_text="1%",
@@ -305,7 +306,8 @@ class BenchmarkOptions:
     max_seconds: float | None = option(
         None, "Time for the measurement, as 90, 90s or 5m; it ends sooner once the noise allows a verdict.",
         flags=("--max-time", "--max-seconds"), unit="seconds", metavar="TIME",
-        default_text="a minute for each batch size and prompt length; 20 s for each of --sessions",
+        default_text="a minute for each batch size and prompt length; 20 s for each of --sessions; where base and "
+        "merged are one graph, until merged is not slower",
     )
     sessions: int = option(
         1, "How often all sessions are opened anew, each time in another order; the interval is then taken from "
@@ -318,7 +320,8 @@ class BenchmarkOptions:
     @property
     def seconds(self) -> float:
         each = 60.0 if self.sessions == 1 else 20.0 * self.sessions
-        return each * len(self.shapes) if self.max_seconds is None else self.max_seconds
+        shapes = self.shapes or choices.GRIDS["standard"]
+        return each * len(shapes) if self.max_seconds is None else self.max_seconds
 
 
 @dataclass(frozen=True)
