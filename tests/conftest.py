@@ -1,5 +1,6 @@
 """Tests never talk to the hub; the switches are set before anything imports a library that reads them."""
 
+import gc
 import os
 import sys
 
@@ -10,6 +11,8 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core, so one thread a worker
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+gc.disable()  # while a million objects of imported libraries are made, which stay
 
 from typing import Any
 
@@ -23,6 +26,12 @@ DEAR = ("packages", "end_to_end", "onnx_export", "validation")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Folders that take long come first, so that no worker is left with one at the end."""
     items.sort(key=lambda item: DEAR.index(item.path.parent.name) if item.path.parent.name in DEAR else len(DEAR))
+
+
+def pytest_collection_finish() -> None:
+    """Nothing that was imported is looked at again by the collector of garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
