@@ -18,7 +18,8 @@ Optimize = Literal["none", "basic", "full"]
 ProofLevel = Literal["quick", "full"]
 Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
 ExtraArm = Literal["plugged", "pytorch"]
-Verdict = Literal["equivalent", "slower", "inconclusive"]
+# equivalent_by_structure: base and merged are one optimized graph, and no test of the timings is claimed
+Verdict = Literal["equivalent", "equivalent_by_structure", "slower", "inconclusive"]
 Phase = Literal["prefill", "decode", "denoise"]  # denoise: one step of a pipeline of images
 Outcome = Literal["agrees", "differs", "unknown"]
 Certify = Literal["sampled", "full"]

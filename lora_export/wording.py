@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import get_args
 
-from lora_export.choices import Precision
+from lora_export.choices import Precision, Verdict
 from lora_export.contracts import (
     BenchmarkResult,
     Check,
@@ -20,6 +20,12 @@ from lora_export.contracts.report import Report
 DASH = "–"
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
+VERDICTS: Mapping[Verdict, str] = {
+    "equivalent": "equivalent",
+    "equivalent_by_structure": "equivalent by structure",
+    "slower": "slower",
+    "inconclusive": "inconclusive",
+}
 # Whether the optimized graph of the merged model is that of the base.
 GRAPH: Mapping[bool | None, str] = {True: "identical", False: "differs", None: "not compared"}
 
@@ -104,7 +110,7 @@ def output_error(how: QuantizationSummary) -> str:
 
 
 def latency_verdict(result: BenchmarkResult) -> str:
-    return f"{result.verdict}, on {result.provider}"
+    return f"{VERDICTS[result.verdict]}, on {result.provider}"
 
 
 def provider(result: BenchmarkResult) -> str:

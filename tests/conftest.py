@@ -12,8 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core, so one thread a worker
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-gc.disable()  # while a million objects of imported libraries are made, which stay
-
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -62,6 +61,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_configure() -> None:
     """While coverage is measured, engines' processes are measured, too: they get a clean environment otherwise."""
+    gc.disable()  # until all is imported
     if MEASURED:
         from lora_export.onnx_export.engines import isolated
 
@@ -75,3 +75,22 @@ def pytest_sessionfinish() -> None:
 
         if (measuring := Coverage.current()) is not None:
             measuring.save()
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """played(**faults) makes the CPU play CUDA and TensorRT, in this process and in those that it starts.
+
+    The probe of providers, a process of some seconds, is not asked."""
+    from lora_export import runtime
+    from lora_export.onnx_export.engines import isolated
+    from tests.stand_in import played as stand_in
+
+    def play(**faults: Any) -> None:
+        stand_in.install(stand_in.Faults(**faults), monkeypatch.setattr)
+        for name, value in stand_in.variables(faults).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(isolated, "_environment", stand_in.with_stand_in(isolated._environment))
+        monkeypatch.setattr(runtime, "why_not", lambda provider: None)
+
+    return play

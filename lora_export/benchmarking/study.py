@@ -38,6 +38,11 @@ class Study:
             self.notes.append(text)
 
     @property
+    def one_graph(self) -> bool:
+        """Whether base and merged are known to be identical once optimized."""
+        return self.graph is not None and self.graph.identical
+
+    @property
     def parts(self) -> int:
         """How many graphs the model has."""
         return len(self.arms[MERGED].graphs)
@@ -85,7 +90,7 @@ def measure_all(study: Study) -> None:
         for spec, sets in measured.series.items():
             series = joined(sets)
             cell = conclude(spec, series, study.options.margin, rng, measured.facts[spec])
-            if cell.verdict == "slower" and cell.sessions == 1 and study.graph and study.graph.identical:
+            if cell.verdict == "slower" and cell.sessions == 1 and study.one_graph:
                 again = _Measured()
                 alone = _Clock(study.options.seconds / (len(parts) * len(measured.series)), 1)
                 _measure_set(study, again, part, cuda_graph, 1, alone, rng, only=spec)
@@ -139,10 +144,10 @@ def _confirmed(first: Cell, again: Cell) -> Cell:
         return again
     return replace(
         again,
-        verdict="inconclusive",
-        reason=f"the graphs are identical, and merged was slower in one pair of sessions (ratio {first.ratio:.4f}) "
-        f"and {again.verdict} in another ({again.ratio:.4f}): the sessions differ, not the graphs; --sessions "
-        f"{2 * MIN_SESSIONS} measures by how much",
+        verdict="inconclusive" if again.verdict == "inconclusive" else "equivalent_by_structure",
+        reason=f"merged was slower in one pair of sessions (ratio {first.ratio:.4f}) and not in another "
+        f"({again.ratio:.4f}): the sessions differ, not the graphs; --sessions {2 * MIN_SESSIONS} measures by "
+        "how much",
     )
 
 
@@ -186,4 +191,4 @@ def _measure_cell(
         passes=study.passes.get(spec),
     )
     study.passes[spec] = series.passes
-    return series, CellFacts(arms.is_decoder, bound[MERGED].kv_in_place, dict(arms.memory))
+    return series, CellFacts(arms.is_decoder, bound[MERGED].kv_in_place, dict(arms.memory), study.one_graph)

@@ -33,6 +33,7 @@ RECORDS_HEAD = ("Tensor", "‖ΔW‖ / ‖W‖", "Survived", "Kind")
 _NOT_VALIDATED = "The merged model was not checked against the unmerged one."
 _TONES: Mapping[str, Tone] = {
     "Passed": "good", "passed": "good", "done": "good", "identical": "good", "equivalent": "good",
+    "equivalent by structure": "good",
     "failed": "bad", "slower": "bad",
     "No verdict": "unsure", "differs": "unsure", "inconclusive": "unsure",
     "not run": "off", "not compared": "off",
@@ -67,7 +68,7 @@ def badges(report: Report) -> list[Badge]:
         Badge("Validation", ("passed" if validate.passed else "failed") if validate else "not run"),
         Badge("Export", "done" if export else "not run"),
         *([Badge("Graph", wording.GRAPH[bench.graph_identical])] if bench else []),
-        Badge("Latency", bench.verdict if bench else "not run"),
+        Badge("Latency", wording.VERDICTS[bench.verdict] if bench else "not run"),
     ]
 
 

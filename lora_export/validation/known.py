@@ -25,7 +25,7 @@ import torch
 
 from lora_export.contracts import Progress
 from lora_export.errors import InputError
-from lora_export.storage.sealed import sha256
+from lora_export.storage.sealed import hashed_once, sha256
 from lora_export.validation import values as plain_values
 from lora_export.validation.comparing import sentence
 from lora_export.validation.prints import digest, fingerprint
@@ -215,21 +215,9 @@ def of_model(body: Any, plain: Collection[str]) -> dict[str, object]:
 def files_digest(folder: Path) -> str:
     """SHA-256 of the names and bytes of a folder's files."""
     whole = hashlib.sha256()
-    for name, found in _files(folder):
-        whole.update(f"{name} {found};".encode())
-    return whole.hexdigest()
-
-
-def _files(folder: Path) -> Iterator[tuple[str, str]]:
     for file in sorted(f for f in folder.rglob("*") if f.is_file()):
-        now = file.stat()
-        yield str(file.relative_to(folder)), _hash_once(file, now.st_size, now.st_mtime_ns, now.st_ino)
-
-
-@functools.lru_cache(maxsize=256)
-def _hash_once(file: Path, *_told: int) -> str:
-    """_told: what changes with the file."""
-    return sha256(file)
+        whole.update(f"{file.relative_to(folder)} {hashed_once(file).sha256};".encode())
+    return whole.hexdigest()
 
 
 @functools.cache

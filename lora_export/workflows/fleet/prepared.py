@@ -15,6 +15,7 @@ from lora_export.errors import ExportError, InputError
 from lora_export.fleet.scratch import PREFIX
 from lora_export.fleet.stores.protocol import Store
 from lora_export.storage.documents import as_json
+from lora_export.storage.locks import held
 from lora_export.storage.memory import freed
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def _fetched(base_key: str, store: Store, scratch: Path) -> OpenedBase:
     from lora_export.validation.known import KnownBase
 
     home = scratch / f"{PREFIX}base-{base_key}"
-    lock = _held(home)
+    lock = held(home)
     try:
         # The folder is shared by all; one at a time looks whether it is filled.
         with (home / ".fetching").open("w") as turn:
@@ -212,17 +213,3 @@ def _fetched(base_key: str, store: Store, scratch: Path) -> OpenedBase:
         os.close(lock)
         raise
     return OpenedBase(base_key, home, KnownBase(home / "object" / REFERENCE, weights=home / "weights"), lock)
-
-
-def _held(home: Path) -> int:
-    """A descriptor of a folder that others may have too, and that nobody removes meanwhile."""
-    while True:
-        home.mkdir(parents=True, exist_ok=True)
-        fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        fcntl.flock(fd, fcntl.LOCK_SH)
-        try:
-            if os.path.samestat(os.fstat(fd), home.stat()):
-                return fd
-        except FileNotFoundError:  # removed between the two
-            pass
-        os.close(fd)
