@@ -115,7 +115,7 @@ def test_run_identical_graphs_need_confirmation_in_other_sessions(
     verdicts = iter(["slower", "equivalent", "equivalent"])
     monkeypatch.setattr(study, "conclude", lambda *a: replace(real_conclude(*a), verdict=next(verdicts)))
     found = run(base, base, max_seconds=1, graph=IDENTICAL)
-    assert [c.verdict for c in found.cells] == ["inconclusive", "equivalent"]
+    assert [c.verdict for c in found.cells] == ["equivalent_by_structure", "equivalent"]
     reason = found.cells[0].reason
     assert "the sessions differ, not the graphs" in reason and any(reason in note for note in found.notes)
 
@@ -146,7 +146,7 @@ def test_run_same_graph_with_other_weights_is_not_slower(small: Callable[..., Pa
         shapes=((1, 24), (3, 24)),
         graph=IDENTICAL,
     )
-    assert result.verdict != "slower"
+    assert result.verdict in ("equivalent", "equivalent_by_structure")
     assert result.graph_identical is True
     assert len(result.cells) == 4 and {c.batch for c in result.cells} == {1, 3}
     cell = result.cells[0]

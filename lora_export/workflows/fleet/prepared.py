@@ -17,6 +17,7 @@ from lora_export.fleet.stores.protocol import Store
 from lora_export.storage.documents import as_json
 from lora_export.storage.locks import held
 from lora_export.storage.memory import freed
+from lora_export.wording import VERDICTS
 
 if TYPE_CHECKING:
     from lora_export.validation.known import KnownBase
@@ -125,7 +126,8 @@ def claim_of(report: Report) -> str:
     machine = environment.cpu or "a CPU without a name"
     gpus = ", ".join(g.name for g in environment.gpus if g.name)
     where = f"{gpus} with {machine}" if gpus and report.benchmark.provider != "cpu" else machine
-    return f"measured once for this graph, with the adapter {names}, at {report.created}, on {where}"
+    said = VERDICTS[report.benchmark.verdict]
+    return f"{said}, measured once for this graph, with the adapter {names}, at {report.created}, on {where}"
 
 
 def _conditions(options: BenchmarkOptions, provider: Provider) -> dict[str, Any]:
