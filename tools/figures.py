@@ -123,7 +123,7 @@ def latency() -> str:
     for c in sorted(cells, key=lambda c: str(c["phase"])):
         arms = [band(c["arms"][a]) for a in ("merged", "unmerged", "plugged")]
         rows.append([c["phase"], *arms, percent(c["noise_floor"]), c["verdict"]])
-    head = ["", "merged ÷ base", "unmerged ÷ base", "plugged in ÷ base", "spread of base ÷ base", "verdict at ±1 %"]
+    head = ["", "merged ÷ base", "unmerged ÷ base", "plugged in ÷ base", "spread of base ÷ base", "test at ±1 %"]
     return table(head, rows)
 
 
