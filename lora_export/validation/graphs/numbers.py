@@ -69,7 +69,7 @@ def base_numbers(unmerged: Any) -> Expected:
         with streaming.present(parameter):
             rows = parameter.data if not parameter.dim() else parameter.data[held.start : held.stop]
             fits = rows.numel() == held.values.numel()
-            return rows.float().reshape(held.values.shape).clone() if fits else None
+            return rows.float().reshape(held.values.shape) if fits else None
 
     return read
 
@@ -131,6 +131,8 @@ def judged(
     to; moments: of the calibration texts, None without any.
     """
     if held.quantized is None:
+        if not held.plus and torch.equal(held.values, wanted) and is_finite(wanted):
+            return 0.0, None  # what all rounding errors are of a number that is right
         error = _cast_error(held, wanted) if stored is None else _rounding_error(held, wanted, _type(held, stored))
         return error, None
     how = held.quantized
@@ -146,6 +148,11 @@ def judged(
         error = searched_error(values, exact, how, held.dtype, narrow)
     fits = moment is None or len(moment) == exact.shape[1]
     return error, partial(sums, values, exact, moment if fits else None)
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Without a copy of as many truth values."""
+    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def _type(held: Held, stored: Mapping[str, torch.dtype]) -> torch.dtype:
