@@ -136,8 +136,8 @@ def best(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _candidates(logits: torch.Tensor) -> torch.Tensor:
-    """Indices (positions, some) that the TOP largest are among: of as many pieces of a row as have the largest
-    maxima, and of what is left beside the pieces. To look through whole rows for them takes several times as long."""
+    """Indices (positions, some) that the TOP largest are among: those of the TOP pieces of a row with the largest
+    maxima, and what is left beside the pieces. To look through whole rows takes several times as long."""
     count = logits.shape[-1] // PIECE
     everywhere = torch.arange(logits.shape[-1])
     if count <= TOP:
