@@ -122,17 +122,21 @@ def _effective_weight(module: Any) -> torch.Tensor:
 
 
 def judged(
-    held: Held, wanted: torch.Tensor, stored: Mapping[str, torch.dtype] | None, moments: Moments | None
+    held: Held,
+    wanted: torch.Tensor,
+    stored: Mapping[str, torch.dtype] | None,
+    moments: Moments | None,
+    same: bool = False,
 ) -> tuple[float, Callable[[], Sums] | None]:
     """How far a piece is from `wanted`, relative to what is allowed (above 1, or NaN, is a fault), and of a
     quantized one what it loses, computed when it is asked for.
 
     stored: None if the graph was made of exactly the `wanted` values, else the types that they were first rounded
-    to; moments: of the calibration texts, None without any.
+    to; moments: of the calibration texts, None without any; same: the piece is `wanted`, bit for bit.
     """
     if held.quantized is None:
-        if not held.plus and torch.equal(held.values, wanted) and is_finite(wanted):
-            return 0.0, None  # what all rounding errors are of a number that is right
+        if same and not held.plus and is_finite(wanted):
+            return 0.0, None
         error = _cast_error(held, wanted) if stored is None else _rounding_error(held, wanted, _type(held, stored))
         return error, None
     how = held.quantized
