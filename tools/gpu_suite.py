@@ -17,6 +17,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -72,7 +73,14 @@ class Suite:
             raise Missed(f"it takes about {expected:.0f} s, and {self.left:.0f} s are left")
         for made in needed:
             self._timed(made, self.plan.at(made.name))
-        self._timed(step, self.plan.result(step.name))
+        try:
+            self._timed(step, self.plan.result(step.name))
+        except Missed:
+            if (found := result_of(self.plan, step)) is not None:  # what a step left that failed is no result
+                broken = self.plan.result(f"{step.name}.broken")
+                shutil.rmtree(broken, ignore_errors=True)
+                found.rename(broken)
+            raise
 
     @property
     def left(self) -> float:
@@ -111,7 +119,7 @@ class Suite:
             start = log.tell()
             try:
                 done = subprocess.run(
-                    [sys.executable, *command], stdout=log, stderr=log, timeout=limit, check=False
+                    [sys.executable, *command], stdout=log, stderr=log, timeout=limit, cwd=ROOT, check=False
                 )
             except subprocess.TimeoutExpired:
                 raise Missed(f"{name} was stopped at the end of the budget") from None
@@ -271,8 +279,8 @@ def planned(options: argparse.Namespace) -> Plan:
         sys.exit(f"{error.found}\n{error.next_step}")
     sizes = options.sizes or ("tiny" if options.stand_in else "real" if provider != "cpu" else "small")
     half = "fp16" if provider != "cpu" else "fp32"
-    work = options.work / f"{sizes}-{provider}"
-    return Plan(work, options.out, provider, sizes, half, options.seconds)
+    work = options.work.resolve() / f"{sizes}-{provider}"
+    return Plan(work, options.out.resolve(), provider, sizes, half, options.seconds)
 
 
 def parse() -> argparse.Namespace:

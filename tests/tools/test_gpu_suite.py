@@ -115,10 +115,14 @@ def test_suite_tells_a_failure_and_goes_on(suite: ModuleType, tmp_path: Path) ->
     broken = suite.Made("broken", 1, (writing(tmp_path / "x", status=1),))
     needs = suite.Step("needs", "", 1, (writing(made.result("needs") / "result.json"),), ("broken",))
     slower = suite.Step("slower", "", 1, (writing(tmp_path / "results/slower.failed/report.json", status=3),))
+    failed = suite.Step("failed", "", 1, (writing(made.result("failed") / "result.json", status=1),))
     runs = suite.Suite(made, None, True)
     runs.made = {"broken": broken}
-    runs.run([needs, slower])
-    assert runs.missed == {"needs": "broken failed with status 1: told"}
+    runs.run([needs, slower, failed])
+    assert runs.missed == {
+        k: f"{v} failed with status 1: told" for k, v in {"needs": "broken", "failed": "failed"}.items()
+    }
+    assert suite.result_of(made, failed) is None and (made.results / "failed.broken" / "result.json").is_file()
     assert suite.result_of(made, slower) == tmp_path / "results" / "slower.failed"
     step = json.loads((tmp_path / "results" / "slower.failed" / "step.json").read_text())
     assert step["stand_in"] == "CUDA was played by the CPU: no figure here is one of a GPU"
