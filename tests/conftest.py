@@ -1,6 +1,8 @@
 """Tests never talk to the hub; the switches are set before anything imports a library that reads them."""
 
+import gc
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -16,12 +18,32 @@ from typing import Any
 import pytest
 
 MEASURED = any(name.startswith("COVERAGE_PROCESS") for name in os.environ)  # coverage is
+FRONT = pytest.StashKey[dict[str, Any]]()
 DEAR = ("packages", "end_to_end", "onnx_export", "validation")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Folders that take long come first, so that no worker is left with one at the end."""
     items.sort(key=lambda item: DEAR.index(item.path.parent.name) if item.path.parent.name in DEAR else len(DEAR))
+
+
+def pytest_collection_finish() -> None:
+    """Nothing that was imported is looked at again by the collector of garbage."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Engines' processes of quick tests are forked from one that has imported what they import."""
+    isolated = sys.modules.get("lora_export.onnx_export.engines.isolated")
+    if isolated is not None and sys.platform == "linux" and not MEASURED:
+        front = item.config.stash.setdefault(FRONT, {"start": isolated._start})
+        if "fork" not in front:
+            from tests.warm_engines import Front
+
+            front["fork"] = Front().start
+        isolated._start = front["start" if item.get_closest_marker("slow") else "fork"]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -39,6 +61,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_configure() -> None:
     """While coverage is measured, engines' processes are measured, too: they get a clean environment otherwise."""
+    gc.disable()  # until all is imported
     if MEASURED:
         from lora_export.onnx_export.engines import isolated
 
