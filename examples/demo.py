@@ -72,13 +72,18 @@ def ending(report: dict[str, Any], out: Path) -> str:
         ("greedy tokens equal", f"{checks['onnx_greedy_agreement']['value']:.0%}"),
         ("tensors beyond one rounding", f"{checks['tensor_errors']['value']:.0f}"),
         ("base and merged graphs", "identical" if report["benchmark"]["graph_identical"] else "differ"),
-        (f"{cell['phase']} latency, merged/base", f"{cell['ratio']:.3f} ({cell['verdict']})"),
+        (f"{cell['phase']} latency, merged/base", f"{cell['ratio']:.3f} ({said(cell)})"),
         ("provider", report["benchmark"]["provider"]),
         ("report", str(out / "report" / "report.html")),
     ]
     width = max(len(name) for name, _ in rows)
     texts = [f"{name:<10}{' '.join(sample[name].split())}" for name in ("prompt", "base", "merged")]
     return "\n".join([*texts, "", *(f"{name:<{width}}  {value}" for name, value in rows)])
+
+
+def said(cell: dict[str, Any]) -> str:
+    """The verdict in words, and the interval of what was measured."""
+    return f"{cell['verdict'].replace('_', ' ')}, {cell['ci_low']:.3f} to {cell['ci_high']:.3f}"
 
 
 def main() -> None:

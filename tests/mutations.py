@@ -1096,7 +1096,7 @@ MUTATIONS = (
         "tests/diffusion/test_pipeline_merge.py::test_pipeline_verify_finds_another_base_and_another_adapter",
     ),
     Mutation(
-        "a record is taken whatever its digest", "fleet/records.py",
+        "a record is taken whatever its digest", "records.py",
         "if seal is None or hashlib.sha256(raw[: seal.start()] + _END).hexdigest().encode() != seal[1]:",
         "if seal is None:",
         "tests/fleet/test_stores.py::test_record_with_any_byte_changed_is_refused",
@@ -1144,9 +1144,9 @@ MUTATIONS = (
         "tests/fleet/test_fleet_joined.py::test_report_tells_of_objects_that_are_gone_or_damaged",
     ),
     Mutation(
-        "the weight of an adapter is no part of its key", "fleet/keys.py",
+        "the weight of an adapter is no part of its key", "keys/inputs.py",
         '"weight": float(weight)', '"weight": 1.0',
-        "tests/fleet/test_keys.py::test_key_each_change_of_an_input_is_another_key",
+        "tests/keys/test_keys.py::test_key_each_change_of_an_input_is_another_key",
     ),
     Mutation(
         "a base in a jobs file beats its rows", "fleet/jobs.py",

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lora_export import records
 from lora_export.contracts.fleet import FleetResult, FleetRow, PlannedRow, Record, RowFigures, RowOutcome, State
-from lora_export.fleet import records
 
 Made = tuple[FleetResult, tuple[PlannedRow, ...]]
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from lora_export import records
 from lora_export.contracts import (
     FleetReport,
     Record,
     RowFigures,
 )
-from lora_export.fleet import records
 from lora_export.fleet.stores.protocol import opened
 from lora_export.report import fleet_document, fleet_metrics, fleet_page, fleet_story
 from lora_export.report.fleet_plots import Point, histogram

@@ -91,6 +91,23 @@ def test_report_has_percentiles_and_rates_per_arm(full: dict[str, Any], timings:
     assert "GPU 0: clock, MHz 1,200 1,980 1,980" in page.words and "throttled power limit" in page.words
 
 
+def test_report_of_a_gpu_names_cuda_graphs_and_strays(full: dict[str, Any], tmp_path: Path) -> None:
+    bench = full["benchmark"]
+    captured = [{**cell, "cuda_graph": True} for cell in bench["cells"]]
+    stray = "merged: MatMul /lm_head/MatMul ran on CPUExecutionProvider"
+    bench |= {
+        "provider": "cuda",
+        "provider_verified": False,
+        "cells": [*bench["cells"], *captured],
+        "notes": [stray],
+    }
+    page, _, text = pages(full, tmp_path)
+    for words in (page.words, text.replace("\\", "")):
+        assert "decode · batch 1 · 128 tokens · CUDA graph" in words
+        assert stray in words and "cuda, not verified" in words
+        assert "on a GPU the relative cost of an unmerged adapter is different" not in words
+
+
 def test_report_mentions_session_sets(full: dict[str, Any], tmp_path: Path) -> None:
     assert "for one set of sessions" in pages(full, tmp_path / "one")[0].words
     for cell in full["benchmark"]["cells"]:
