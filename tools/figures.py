@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from generated import ROOT, settle
+from overview import overview, pictures
 from runtime_tables import runtime_commands, runtimes, runtimes_pictures, runtimes_refused
 from tables import RESULTS, read, table
 
@@ -314,6 +315,7 @@ TABLES: dict[str, Callable[[], str]] = {
         merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity,
         graph_faults, combining, serving, vllm, continued, sizes, triton, bases, mutants,
         demo, inspected, openvino, runtimes, runtimes_pictures, runtime_commands, runtimes_refused,
+        overview, pictures,
     )
 }  # fmt: skip
 
