@@ -61,10 +61,13 @@ class Front:
 
     def __init__(self) -> None:
         self._asked: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, scratch: str) -> Forked:
         """As `isolated._start`."""
-        self._asked = self._asked or _front()
+        if self._asked is None:
+            self._begin()
+        assert self._asked is not None
         message = json.dumps({"folder": scratch, "environment": isolated._environment(scratch)}).encode()
         (read, stdin), (stdout, write), (told, tells) = os.pipe(), os.pipe(), socket.socketpair()
         with Path(scratch, "log.txt").open("ab") as sink, tells:
@@ -73,14 +76,18 @@ class Front:
         os.close(write)
         return Forked(stdin, stdout, told)
 
+    def _begin(self) -> None:
+        self._asked, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            environment = isolated._environment(os.devnull) | {"PYTHONPATH": str(Path(__file__).parents[1])}
+            command = [sys.executable, "-m", "tests.warm_engines", str(theirs.fileno())]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, env=environment, pass_fds=[theirs.fileno()]
+            )
 
-def _front() -> socket.socket:
-    asked, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        environment = isolated._environment(os.devnull) | {"PYTHONPATH": str(Path(__file__).parents[1])}
-        command = [sys.executable, "-m", "tests.warm_engines", str(theirs.fileno())]
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, pass_fds=[theirs.fileno()])
-    return asked
+
+STARTED = isolated._start  # as users do
+FRONT = Front()
 
 
 def _serve(asked: socket.socket) -> None:
