@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -41,7 +42,8 @@ Value = TypeVar("Value")
 class KnownBase:
     """folder: a local one, made on first use, that outlives the process (`bases/KEY/reference` of a fleet);
     most_bytes: how much of it may be filled; weights: a folder of this machine for a file with the base's weights
-    in fp32, which its processes share (None: each has its own).
+    in fp32, which its processes share (None: each has its own); stays: whether the model stays in memory for the
+    next validation of this process.
 
     The object may be passed to one validation after another of a process, one at a time.
     """
@@ -49,10 +51,12 @@ class KnownBase:
     folder: Path
     most_bytes: int = MOST_BYTES
     weights: Path | None = None
+    stays: bool = True
+    told: dict[str, tuple[str, bool]] = field(default_factory=dict)  # what → digest, and whether it was known
     _sound: dict[Path, tuple[int, int]] = field(default_factory=dict)  # files whose hash was checked → size, time
 
     def __post_init__(self) -> None:
-        self.base = KeptBase(self.weights)
+        self.base = KeptBase(self.weights, self.stays)
 
     def forget(self) -> None:
         """Free what is kept in memory; the folders stay."""
@@ -87,6 +91,7 @@ class Answers:
     trusted: bool = True
     taken: list[str] = field(default_factory=list)  # what was found, in words
     _count: int = 0
+    _mark: str = field(default_factory=lambda: f".{os.getpid()}-{secrets.token_hex(4)}-")
 
     def shelf(self, tensors: Iterable[torch.Tensor]) -> Shelf:
         """Tensors of this validation, one after another into files, so that memory does not hold them."""
@@ -109,10 +114,15 @@ class Answers:
             with contextlib.suppress(InputError):
                 value = self._read(place, known)
                 self.taken.append(what)
+                known.told[what] = place.name, True
                 return value
             self.progress.warn(f"{place} is damaged, so it is computed again")
             shutil.rmtree(place, ignore_errors=True)
-        made, value = self._put(compute(), self._room(known))
+        known.told[what] = place.name, False
+        try:
+            made, value = self._put(compute(), self._room(known))
+        except OSError:  # no room there; what is not kept is computed all the same
+            made, value = self._put(compute(), self.scratch)
         if made.parent == known.folder and _bytes_below(known.folder) <= known.most_bytes:
             with contextlib.suppress(OSError):  # another worker was faster, and its answer is the same
                 made.rename(place)
@@ -132,7 +142,7 @@ class Answers:
         """Delete what was made in the known folder and found no room there."""
         self.rest()
         if self.known is not None and self.known.folder.is_dir():
-            for folder in self.known.folder.glob(f".{os.getpid()}-*"):
+            for folder in self.known.folder.glob(f"{self._mark}*"):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _room(self, known: KnownBase) -> Path:
@@ -144,7 +154,14 @@ class Answers:
 
     def _put(self, value: Any, parent: Path) -> tuple[Path, Any]:
         """(folder, the value with its tensors there)."""
-        folder = Path(tempfile.mkdtemp(prefix=f".{os.getpid()}-", dir=parent))
+        folder = Path(tempfile.mkdtemp(prefix=self._mark, dir=parent))
+        try:
+            return folder, self._put_into(folder, value)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _put_into(self, folder: Path, value: Any) -> Any:
         files: list[Path] = []
 
         def put(tensor: torch.Tensor) -> int:
@@ -154,7 +171,7 @@ class Answers:
         document = plain_values.packed(value, put)
         stated = {"value": document, "files": {f.name: sha256(f) for f in files}}
         (folder / _VALUE).write_text(json.dumps(stated), encoding="utf-8")
-        return folder, plain_values.unpacked(document, files.__getitem__, Shelf)
+        return plain_values.unpacked(document, files.__getitem__, Shelf)
 
     def _read(self, place: Path, known: KnownBase) -> Any:
         try:
