@@ -6,6 +6,7 @@ processes as users do; so do all tests while coverage is measured, and where the
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import logging
@@ -63,12 +64,14 @@ class Front:
         self._asked: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, scratch: str) -> Forked:
+    def start(self, scratch: str, *modules: str) -> Forked:
         """As `isolated._start`."""
         if self._asked is None:
             self._begin()
         assert self._asked is not None
-        message = json.dumps({"folder": scratch, "environment": isolated._environment(scratch)}).encode()
+        message = json.dumps(
+            {"folder": scratch, "environment": isolated._environment(scratch), "modules": modules}
+        ).encode()
         (read, stdin), (stdout, write), (told, tells) = os.pipe(), os.pipe(), socket.socketpair()
         with Path(scratch, "log.txt").open("ab") as sink, tells:
             socket.send_fds(self._asked, [message], [read, write, sink.fileno(), tells.fileno()])
@@ -117,6 +120,7 @@ def _watch(message: dict[str, Any], stdin: int, stdout: int, stderr: int, tells:
         os.chdir(message["folder"])
         os.environ.clear()
         os.environ.update(message["environment"])
+        sys.argv[1:] = message["modules"]
         status = 1
         try:
             worker_process.main()
@@ -136,8 +140,10 @@ def _bytes(number: int) -> bytes:
 
 
 if __name__ == "__main__":
+    gc.disable()
     for name in _IMPORTS:
         importlib.import_module(name)
     logging.root.handlers.clear()  # the builder of genai has opened it
     logging.root.setLevel(logging.WARNING)
+    gc.freeze()  # or the first collection in each forked process would touch, and so copy, all of this one's memory
     _serve(socket.socket(fileno=int(sys.argv[1])))
