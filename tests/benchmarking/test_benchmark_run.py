@@ -126,14 +126,14 @@ def test_run_session_sets_open_in_other_orders(small: Callable[..., Path], monke
     monkeypatch.setattr(
         opened_arms.OpenedArms, "open", lambda self, arms, part: orders.append([*arms]) or real(self, arms, part)
     )
-    result = run(small("merged", 4), small("base", 4), small("unmerged", 30), sessions=6, max_seconds=9)
+    result = run(small("merged", 4), small("base", 4), small("unmerged", 30), sessions=6, max_seconds=5)
     assert len(orders) == 6 and orders[0] == ["base", "merged", "base_again", "unmerged"]
     assert len({tuple(order) for order in orders}) > 2
     for cell in result.cells:
         key = f"b1/p24/{cell.phase}"
         assert cell.sessions == 6 and cell.pairs >= 12 and len(result.conditions[key]) == cell.pairs
         assert list(cell.arms) == ["base", "merged", "unmerged"]
-    few = run(small("merged", 4), small("base", 4), sessions=2, max_seconds=2)
+    few = run(small("merged", 4), small("base", 4), sessions=2, max_seconds=1)
     assert all("sets of sessions" in cell.reason for cell in few.cells)
 
 
@@ -159,7 +159,7 @@ def test_run_same_graph_with_other_weights_is_not_slower(small: Callable[..., Pa
 def test_run_without_base_has_times_and_no_verdict(small: Callable[..., Path]) -> None:
     result = run(
         merged=small("merged", 2),
-        max_seconds=2,
+        max_seconds=1,
     )
     assert result.verdict == "inconclusive"
     assert all(c.ratio is None and c.base_ms is None and c.merged_ms > 0 for c in result.cells)
@@ -171,7 +171,7 @@ def test_run_encoder_has_no_decode_phase(small: Callable[..., Path]) -> None:
     result = run(
         merged=model,
         base=model,
-        max_seconds=2,
+        max_seconds=1,
     )
     (cell,) = result.cells
     assert cell.phase == "prefill" and cell.arms["merged"].first_token_ms is None
@@ -185,7 +185,7 @@ def test_run_with_little_memory_measures_base_against_itself(
     result = run(
         merged=model,
         base=model,
-        max_seconds=2,
+        max_seconds=1,
     )
     assert any("memory holds only one session" in note for note in result.notes)
     assert result.noise_floor is not None
@@ -238,7 +238,7 @@ def test_feeds_have_declared_shapes(
 
 def test_run_encoder_decoder_has_prompt_and_step(small: Callable[..., Path]) -> None:
     graphs = (small("encoder", 2, decoder=False), small("step", 1, decoder=False))
-    result = run(graphs, graphs, max_seconds=2)
+    result = run(graphs, graphs, max_seconds=1)
     assert [c.phase for c in result.cells] == ["prefill", "decode"]
     assert result.cells[1].merged_ms < result.cells[0].merged_ms
 
@@ -299,7 +299,7 @@ def test_cuda_cells_have_both_graph_modes_and_survive_failed_capture(
         base=small("base", 2),
         unmerged=small("unmerged", 9),
         provider="cuda",
-        max_seconds=4,
+        max_seconds=2.5,
     )
     assert [(c.phase, c.cuda_graph) for c in result.cells] == [
         ("prefill", False),
@@ -331,7 +331,7 @@ def test_environment_names_no_machine() -> None:
 
 
 def test_percentiles_and_rates_match_samples(small: Callable[..., Path]) -> None:
-    result = run(small("merged", 4), small("base", 4), small("unmerged", 30), shapes=((2, 24),), max_seconds=3)
+    result = run(small("merged", 4), small("base", 4), small("unmerged", 30), shapes=((2, 24),), max_seconds=1.5)
     for cell in result.cells:
         samples = result.samples[f"b2/p24/{cell.phase}"]
         for name, arm in cell.arms.items():
@@ -346,7 +346,7 @@ def test_percentiles_and_rates_match_samples(small: Callable[..., Path]) -> None
 
 
 def test_every_block_has_a_machine_reading(small: Callable[..., Path]) -> None:
-    result = run(small("merged", 2), small("base", 2), max_seconds=2)
+    result = run(small("merged", 2), small("base", 2), max_seconds=1)
     for cell in result.cells:
         key = f"b1/p24/{cell.phase}"
         assert len(result.conditions[key]) == cell.pairs
