@@ -264,6 +264,9 @@ def main() -> None:
     for archive in options.earlier:
         restored(archive, plan.results)
     steps = [s for s in plan.steps() if not options.only or s.name in options.only]
+    if options.stand_in:
+        steps = [s for s in steps if s.name != "tests"]
+        print("tests: not with a played card, which has no clocks and no memory of its own")
     if options.list:
         for step in steps:
             made = sum(m.seconds for m in suite._needed([*step.needs, *step.extra]))
