@@ -12,6 +12,7 @@ from lora_export.allowed import check_adapter_folder
 from lora_export.checkpoint.pipeline import is_pipeline
 from lora_export.contracts import (
     AdapterChoice,
+    BenchmarkResult,
     BudgetSearch,
     Progress,
     Source,
@@ -25,6 +26,7 @@ from lora_export.progress import Silent
 from lora_export.storage.disk import check_space
 from lora_export.storage.files import output_folder
 from lora_export.workflows.bare_base import without_adapter
+from lora_export.workflows.base_cache import base_for, use_of
 from lora_export.workflows.budget import Models, Pair, searches, with_budget, within_budget
 from lora_export.workflows.exporting import knowing_touched
 from lora_export.workflows.held_out import asked_calibrations, refuse_calibrated, refuse_other_calibration
@@ -32,8 +34,8 @@ from lora_export.workflows.latency import measure_run, refuse_extra, refuse_slow
 from lora_export.workflows.pipelines.story import plan_story, tell_pipeline
 from lora_export.workflows.run_graphs import control_of, export_as, export_merged, like_earlier, merge_into
 from lora_export.workflows.run_report import write_report
-from lora_export.workflows.shared_base import SharedBase, measured_before, stand_in_once, why_not_shared
-from lora_export.workflows.trained_base import modules_from, prepared_base, stand_in
+from lora_export.workflows.shared_base import SharedBase, base_of, measured_once, stand_in_once
+from lora_export.workflows.trained_base import modules_from, prepared_base
 from lora_export.workflows.validating import pair_of
 
 if TYPE_CHECKING:
@@ -66,10 +68,10 @@ def merge_and_export(
             story = tell_pipeline(pictures, stage, work, options, progress)
         else:
             known = knowing_touched(options.export, base.folder, adapters, options.merge)
-            told = Told(
-                base, adapters, planned, replace(options, export=known), _shareable(shared, planned, progress)
-            )
-            story = _run(told, stage, work, progress)
+            told = Told(base, adapters, planned, replace(options, export=known))
+            with base_for(shared, base, adapters, planned, told.options, progress) as found:
+                story = _run(told, found, stage, work, progress)
+                story = replace(story, cache=use_of(found, story))
         shutil.rmtree(work)
         story = _relocated(story, stage, output)
         write_report(story, stage, base, adapters, options)
@@ -80,20 +82,12 @@ def merge_and_export(
 
 @dataclass(frozen=True)
 class Told:
-    """What a run is told: its inputs, the plan of its merge, its options, and the base where it shares one."""
+    """What a run is told: its inputs, the plan of its merge, its options."""
 
     base: Source
     adapters: Sequence[AdapterChoice]
     planned: "MergePlan"
     options: StoryOptions
-    shared: SharedBase | None
-
-
-def _shareable(shared: SharedBase | None, planned: "MergePlan", progress: Progress) -> SharedBase | None:
-    reason = why_not_shared(planned) if shared is not None else ""
-    if reason:
-        progress.detail(f"a base of its own: {reason}")
-    return None if reason else shared
 
 
 def with_provider(options: StoryOptions) -> StoryOptions:
@@ -105,29 +99,30 @@ def with_provider(options: StoryOptions) -> StoryOptions:
     return replace(options, export=like_earlier(export), validation=validation)
 
 
-def _run(told: Told, stage: Path, work: Path, progress: Progress) -> Story:
+def _run(told: Told, shared: SharedBase, stage: Path, work: Path, progress: Progress) -> Story:
     from lora_export.merging import merge_planned, written_source
     from lora_export.validation import validate
     from lora_export.validation.run import seeded
 
     # merge, and export with the graph of the base
-    base, adapters, shared = told.base, told.adapters, told.shared
-    options = replace(told.options, validation=seeded(told.options.validation))
+    base, adapters = told.base, told.adapters
+    options = replace(told.options, validation=seeded(told.options.validation, shared.seed))
     folder = stage / "merged" if options.merged_folder else work / "outline"
     merged = merge_planned(told.planned, folder, progress, force=False) if options.merged_folder else None
     alone = without_adapter(base.folder, work)
     trained_on = cache(partial(prepared_base, alone, adapters, options.merge, work, progress))
     source = written_source(merged) if merged is not None else None
-    base_onnx = shared.export if shared is not None else None
-    if base_onnx is None:
-        where, what = work / "base", "the base, to compare with"
-        base_onnx = export_as(trained_on(), where, options.export, progress, what, calibrated_on=source)
+    where, what = work / "base", "the base, to compare with"
+    base_onnx = base_of(
+        shared,
+        lambda: export_as(trained_on(), where, options.export, progress, what, calibrated_on=source),
+    )
     if merged is not None:
         exported = export_merged(base_onnx, folder, stage / "onnx", options.export, progress, source)
     else:
         merged, exported = merge_into(base_onnx, base.folder, adapters, folder, stage, options, progress)
     asked = alone, folder, options.merge, options.validation.max_memory
-    dequantized = stand_in(*asked, work, progress) if shared is None else stand_in_once(shared, *asked, progress)
+    dequantized = stand_in_once(shared, *asked, work, progress)
     pair, budget = Pair(base_onnx, exported), None
     if searches(options, base.folder):
         models = Models(trained_on(), folder, source, work, stage / "onnx")
@@ -142,7 +137,7 @@ def _run(told: Told, stage: Path, work: Path, progress: Progress) -> Story:
         dequantized=dequantized,
         graphs_alone=not options.merged_folder,
         options=options.validation,
-        known=shared.known if shared is not None else None,
+        known=shared.known,
         progress=progress,
     )
     story = Story(stage, merged, validate=checked, export=pair.merged, budget=budget)
@@ -150,11 +145,11 @@ def _run(told: Told, stage: Path, work: Path, progress: Progress) -> Story:
         return story
 
     # measure, unless the same graph was
-    measured = measured_before(shared, pair.merged) if shared is not None else None
-    if measured is None:
+    def measure() -> BenchmarkResult:
         control = control_of(trained_on(), alone, adapters, work, options, pair.merged, progress)
-        measured = measure_run(pair.base, pair.merged, control, options, progress)
-    return replace(story, benchmark=measured)
+        return measure_run(pair.base, pair.merged, control, options, progress)
+
+    return replace(story, benchmark=measured_once(shared, pair.base, pair.merged, measure))
 
 
 def _within_budget(

@@ -1,5 +1,6 @@
 """Tests never talk to the hub; the switches are set before anything imports a library that reads them."""
 
+import gc
 import os
 import sys
 
@@ -24,6 +25,12 @@ DEAR = ("packages", "end_to_end", "onnx_export", "validation")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Folders that take long come first, so that no worker is left with one at the end."""
     items.sort(key=lambda item: DEAR.index(item.path.parent.name) if item.path.parent.name in DEAR else len(DEAR))
+
+
+def pytest_collection_finish() -> None:
+    """Nothing that was imported is looked at again by the collector of garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -54,6 +61,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_configure() -> None:
     """While coverage is measured, engines' processes are measured, too: they get a clean environment otherwise."""
+    gc.disable()  # until all is imported
     if MEASURED:
         from lora_export.onnx_export.engines import isolated
 

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from lora_export import choices
 from lora_export.contracts.option import hidden, nested, option, switched, taken_from
+from lora_export.folder_files import user_cache
 from lora_export.registered import engine_names
 from lora_export.tasks import TASKS
 
@@ -325,9 +326,29 @@ class BenchmarkOptions:
 
 
 @dataclass(frozen=True)
+class CacheFolder:
+    """The command line's way to say `StoryOptions.cache`."""
+
+    SECTION: ClassVar[str] = RESOURCES
+    folder: Path | None = option(
+        None, "Folder in which is kept what a run makes of its base alone, for the next adapter of that base.",
+        flags=("--cache",), metavar="DIR", default_text="lora-export in the user's cache folder",
+        changes_result=False,
+    )
+    used: bool = option(
+        True, "Take nothing from the cache, and leave nothing there.", flags=("--no-cache",), changes_result=False,
+    )
+
+    @property
+    def chosen(self) -> Path | None:
+        return (self.folder or user_cache()) if self.used else None
+
+
+@dataclass(frozen=True)
 class StoryOptions:
     """Options of a run: those of its stages. `export.provider` holds for all stages, `force` for the run.
-    merged_folder: False: base and adapter go straight into the export."""
+    merged_folder: False: base and adapter go straight into the export;
+    cache: None for none."""
 
     SECTION: ClassVar[str] = EXPORT
     merge: MergeOptions = nested(MergeOptions)
@@ -344,5 +365,10 @@ class StoryOptions:
         (), "Also measure: plugged: the adapter as ONNX Runtime plugs it into a graph with slots; pytorch: PEFT's "
         "unmerged model under PyTorch. May be given twice.", BENCHMARK, flags=("--arm",))
     validation: ValidationOptions = nested(ValidationOptions, without=("merge", "bases"), flat=True)
+    cache: Path | None = taken_from(CacheFolder, "chosen", None, json=None)
+    cache_size: int = option(
+        10 * 10**9, "Size that the cache stays within; the bases that were not used for longest go first.",
+        RESOURCES, unit="bytes", default_text="10GB", json=None, changes_result=False,
+    )
     force: bool = option(False, REPLACE, INPUTS, configurable="command line", json=None)
     configured: str = ""
