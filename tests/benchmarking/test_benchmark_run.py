@@ -544,6 +544,21 @@ def test_in_place_cache_gives_same_logits(tmp_path: Path, shape: Shape) -> None:
     np.testing.assert_allclose(_logits(engine, shape), _logits(apart, shape), rtol=1e-5, atol=1e-6)
 
 
+def test_arms_share_a_cache_that_one_of_them_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Any] = []
+    real = sessions.ArmSession._run_unbound
+    one, other = (sessions.ArmSession(attention(tmp_path / f"{n}.onnx"), "cpu", 1) for n in "ab")
+    assert one.kv_in_place and other.kv_in_place
+    monkeypatch.setattr(
+        sessions.ArmSession, "_run_unbound", lambda self, *a, **kw: runs.append(self) or real(self, *a, **kw)
+    )
+    buffers = Buffers("cpu")
+    assert all(engine.call(Shape(2, 7, 1), buffers).run() > 0 for engine in (one, other))
+    assert runs == [one, one]  # the cache, and what is not known of the outputs
+    other.call(Shape(2, 9, 1), buffers)
+    assert runs[2:] == [other, other]
+
+
 def test_copied_cache_is_measured_and_reported(small: Callable[..., Path]) -> None:
     model = small("model", 2)
     assert not sessions.ArmSession(model, "cpu", 1).kv_in_place

@@ -24,7 +24,7 @@ from lora_export.benchmarking.statistics import (
 )
 from lora_export.choices import Verdict
 
-from .machine import MARGIN, NOISES, Noise, rates
+from .machine import MARGIN, NOISES, Noise, rates, suspected
 
 
 def interval(low: float, high: float) -> Interval:
@@ -313,6 +313,11 @@ def test_simulated_three_percent_is_slower() -> None:
 
 def test_simulated_noisy_machine_is_inconclusive() -> None:
     assert rates(1.0, Noise(own=0.1, mood=0.1), 4)["inconclusive"] == 1
+
+
+def test_simulated_check_suspects_what_is_slower_and_seldom_what_is_not() -> None:
+    found = {ratio: sum(suspected(ratio, Noise(), seed) for seed in range(40)) for ratio in (1.0, 1.1)}
+    assert found[1.0] <= 3 and found[1.1] >= 36
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def stored(folder: Path, **changed: float) -> Path:
     weights = [
         numpy_helper.from_array(np.full((16, 16), values["large"], np.float32), "large"),
         numpy_helper.from_array(np.full((8,), values["epsilon"], np.float32), "epsilon"),
-        numpy_helper.from_array(np.full((1, 4), values["times"], np.int64), "times"),
+        numpy_helper.from_array(np.full((4, 100), values["times"], np.float32), "times"),
         numpy_helper.from_array(np.full((16, 16), values["codes"], np.uint8), "codes"),
     ]
     nodes = [
@@ -93,12 +93,13 @@ def stored(folder: Path, **changed: float) -> Path:
         helper.make_node("Concat", ["c", "c"], ["d"], axis=1),
         helper.make_node("Split", ["d"], ["e", "f", "g", "h"], axis=1, num_outputs=4),
         helper.make_node("Add", ["e", "epsilon"], ["i"]),
-        helper.make_node("Squeeze", ["times", "zero"], ["fours"]),
+        helper.make_node("ReduceMax", ["times", "one"], ["most"], keepdims=0),
+        helper.make_node("Cast", ["most"], ["fours"], to=TensorProto.INT64),
         helper.make_node("Unsqueeze", ["i", "zero"], ["j"]),
         helper.make_node("Unsqueeze", ["j", "zero"], ["k"]),
         helper.make_node("Tile", ["k", "fours"], ["y"]),
     ]
-    weights.append(numpy_helper.from_array(np.array([0]), "zero"))
+    weights += [numpy_helper.from_array(np.array([n]), name) for n, name in enumerate(("zero", "one"))]
     given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 16])
     out = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["o", "p", "q", "r"])
     model = helper.make_model(
