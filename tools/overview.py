@@ -29,7 +29,8 @@ def _decoders() -> list[list[str]]:
     same = "one graph with its base" if report["benchmark"]["graph_identical"] else "another graph than its base"
     small = (
         f"logits {checks['onnx_logits_max_abs']:.2g} from the unmerged model at most; rounding alone moves them by "
-        f"{checks['onnx_noise_floor_max_abs']:.2g}; {checks['onnx_greedy_agreement']:.0%} of greedy tokens equal; {same}"
+        f"{checks['onnx_noise_floor_max_abs']:.2g}; {checks['onnx_greedy_agreement']:.0%} of greedy tokens equal; "
+        f"{same}"
     )
     found = read("merge-1.1B-lora-2026-11-24-201727.json")["summary"]
     stage, peft = found["ours: merge stage"], found["peft"]
@@ -46,8 +47,8 @@ def _decoders() -> list[list[str]]:
 def _encoder() -> list[str]:
     found = read("encoder-*.json")
     ratios = [cell["ratio"] for cell in found["benchmark"]["cells"]]
-    served = _runtimes("all-MiniLM-L6-v2")
-    text = f"{found['nodes']['ours']} nodes, {min(ratios):.2f} to {max(ratios):.2f} × the time of Optimum's O2; {served}"
+    latency = f"{min(ratios):.2f} to {max(ratios):.2f} × the time of Optimum's O2"
+    text = f"{found['nodes']['ours']} nodes, {latency}; {_runtimes('all-MiniLM-L6-v2')}"
     return ["**encoder**: all-MiniLM-L6-v2", text]
 
 
