@@ -9,6 +9,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["LORA_EXPORT_NO_CACHE"] = "1"  # a run that is tested computes everything
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core, so one thread a worker
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -18,7 +19,6 @@ from typing import Any
 import pytest
 
 MEASURED = any(name.startswith("COVERAGE_PROCESS") for name in os.environ)  # coverage is
-FRONT = pytest.StashKey[dict[str, Any]]()
 DEAR = ("packages", "end_to_end", "onnx_export", "validation")
 
 
@@ -38,12 +38,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Engines' processes of quick tests are forked from one that has imported what they import."""
     isolated = sys.modules.get("lora_export.onnx_export.engines.isolated")
     if isolated is not None and sys.platform == "linux" and not MEASURED:
-        front = item.config.stash.setdefault(FRONT, {"start": isolated._start})
-        if "fork" not in front:
-            from tests.warm_engines import Front
+        from tests import warm_engines
 
-            front["fork"] = Front().start
-        isolated._start = front["start" if item.get_closest_marker("slow") else "fork"]
+        slow = item.get_closest_marker("slow")
+        isolated._start = warm_engines.STARTED if slow else warm_engines.FRONT.start
 
 
 @pytest.hookimpl(optionalhook=True)

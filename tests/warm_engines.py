@@ -6,6 +6,7 @@ processes as users do; so do all tests while coverage is measured, and where the
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import logging
@@ -61,11 +62,16 @@ class Front:
 
     def __init__(self) -> None:
         self._asked: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, scratch: str) -> Forked:
+    def start(self, scratch: str, *modules: str) -> Forked:
         """As `isolated._start`."""
-        self._asked = self._asked or _front()
-        message = json.dumps({"folder": scratch, "environment": isolated._environment(scratch)}).encode()
+        if self._asked is None:
+            self._begin()
+        assert self._asked is not None
+        message = json.dumps(
+            {"folder": scratch, "environment": isolated._environment(scratch), "modules": modules}
+        ).encode()
         (read, stdin), (stdout, write), (told, tells) = os.pipe(), os.pipe(), socket.socketpair()
         with Path(scratch, "log.txt").open("ab") as sink, tells:
             socket.send_fds(self._asked, [message], [read, write, sink.fileno(), tells.fileno()])
@@ -73,14 +79,18 @@ class Front:
         os.close(write)
         return Forked(stdin, stdout, told)
 
+    def _begin(self) -> None:
+        self._asked, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            environment = isolated._environment(os.devnull) | {"PYTHONPATH": str(Path(__file__).parents[1])}
+            command = [sys.executable, "-m", "tests.warm_engines", str(theirs.fileno())]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, env=environment, pass_fds=[theirs.fileno()]
+            )
 
-def _front() -> socket.socket:
-    asked, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        environment = isolated._environment(os.devnull) | {"PYTHONPATH": str(Path(__file__).parents[1])}
-        command = [sys.executable, "-m", "tests.warm_engines", str(theirs.fileno())]
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, pass_fds=[theirs.fileno()])
-    return asked
+
+STARTED = isolated._start  # as users do
+FRONT = Front()
 
 
 def _serve(asked: socket.socket) -> None:
@@ -110,6 +120,7 @@ def _watch(message: dict[str, Any], stdin: int, stdout: int, stderr: int, tells:
         os.chdir(message["folder"])
         os.environ.clear()
         os.environ.update(message["environment"])
+        sys.argv[1:] = message["modules"]
         status = 1
         try:
             worker_process.main()
@@ -129,8 +140,10 @@ def _bytes(number: int) -> bytes:
 
 
 if __name__ == "__main__":
+    gc.disable()
     for name in _IMPORTS:
         importlib.import_module(name)
     logging.root.handlers.clear()  # the builder of genai has opened it
     logging.root.setLevel(logging.WARNING)
+    gc.freeze()  # or the first collection in each forked process would touch, and so copy, all of this one's memory
     _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -265,6 +265,7 @@ def figures_of(story: Story | Report) -> RowFigures:
         delta_survival=float(kept) if kept is not None else None,
         kl=max(lost, default=None),
         ratio=max(ratios, default=None),
+        verdict=measured.verdict if measured else None,
         checks=len(checked.checks) if checked else 0,
         failed=sum(not c.passed for c in checked.checks) if checked else 0,
     )
