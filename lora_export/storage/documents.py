@@ -159,7 +159,9 @@ def walk(document: Any, where: str | Path) -> Iterator[Any]:
         for value in level:
             if isinstance(value, str):
                 if not value.isascii() and not is_text(value):
-                    raise InputError(f"{value!r} is not a Unicode string", where=where, expected="no lone surrogates")
+                    raise InputError(
+                        f"{value!r} is not a Unicode string", where=where, expected="no lone surrogates"
+                    )
             elif isinstance(value, dict):
                 inner += value
                 inner += value.values()
