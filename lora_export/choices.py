@@ -28,8 +28,8 @@ MajoritySign = Literal["total", "frequency"]
 SplitQkvAlpha = Literal["file", "trained"]
 Activations = Literal["float", "dynamic", "static"]
 
-# (batch, prompt tokens) of each cell of a benchmark
-GRIDS: dict[Grid, tuple[tuple[int, int], ...]] = {
+Shapes = tuple[tuple[int, int], ...]  # (batch, prompt tokens) of each cell of a benchmark
+GRIDS: dict[Grid, Shapes] = {
     "quick": ((1, 128),),
     "standard": ((1, 128), (1, 1024), (8, 128), (8, 1024)),
     "paper": ((1, 128), (16, 256), (32, 512)),

@@ -24,6 +24,7 @@ from lora_export.onnx_export.engines.isolated import Worker
 from lora_export.storage.disk import check_space
 from lora_export.storage.files import output_folder
 from lora_export.workflows.bare_base import without_adapter
+from lora_export.workflows.base_cache import base_for, use_of
 from lora_export.workflows.beside import Beside, Later, fits
 from lora_export.workflows.budget import searches, with_budget
 from lora_export.workflows.exporting import knowing_touched
@@ -34,8 +35,8 @@ from lora_export.workflows.proving import WARM
 from lora_export.workflows.run_exports import Run, Told, export_both, to_measure, with_more_bits
 from lora_export.workflows.run_graphs import Control, like_earlier
 from lora_export.workflows.run_report import write_report
-from lora_export.workflows.shared_base import SharedBase, stand_in_once, why_not_shared
-from lora_export.workflows.trained_base import modules_from, prepared_base, stand_in
+from lora_export.workflows.shared_base import SharedBase, keep_measured, stand_in_once
+from lora_export.workflows.trained_base import modules_from, prepared_base
 from lora_export.workflows.validating import pair_of
 
 if TYPE_CHECKING:
@@ -75,23 +76,19 @@ def merge_and_export(
             else:
                 touched = knowing_touched(options.export, base.folder, adapters, options.merge)
                 known = replace(options, export=touched)
-                told = Told(base, adapters, planned, known, _shareable(shared, planned, progress))
                 at_once = side_by_side and fits(_in_fp32(planned), options.validation.max_memory)
-                with Beside(progress, worker.kill, at_once=at_once) as beside:
-                    story = _run(told, stage, work, worker, beside)
+                with (
+                    base_for(shared, base, adapters, planned, known, progress) as found,
+                    Beside(progress, worker.kill, at_once=at_once) as beside,
+                ):
+                    story = _run(Told(base, adapters, planned, known, found), stage, work, worker, beside)
+                    story = replace(story, cache=use_of(found, story))
             shutil.rmtree(work)
             story = _relocated(story, stage, output)
             write_report(story, stage, base, adapters, options)
             manifest.write(stage, base, adapters, kept(options))
             refuse_failed(story)
     return story
-
-
-def _shareable(shared: SharedBase | None, planned: "MergePlan", progress: Progress) -> SharedBase | None:
-    reason = why_not_shared(planned) if shared is not None else ""
-    if reason:
-        progress.detail(f"a base of its own: {reason}")
-    return None if reason else shared
 
 
 def with_provider(options: StoryOptions) -> StoryOptions:
@@ -110,7 +107,7 @@ def _run(told: Told, stage: Path, work: Path, worker: Worker, beside: Beside) ->
 
     # merge
     base, adapters, shared, progress = told.base, told.adapters, told.shared, beside.progress
-    options = replace(told.options, validation=seeded(told.options.validation))
+    options = replace(told.options, validation=seeded(told.options.validation, shared.seed))
     folder = stage / "merged" if options.merged_folder else work / "outline"
     merged = merge_planned(told.planned, folder, progress, force=False) if options.merged_folder else None
     alone = without_adapter(base.folder, work)
@@ -118,11 +115,13 @@ def _run(told: Told, stage: Path, work: Path, worker: Worker, beside: Beside) ->
     run = Run(replace(told, options=options), stage, work, folder, alone, trained_on, worker)
 
     # export with the graph of the base, and later the unmerged model, while models are compared
-    if shared is None:
+    if shared.export is None:
         trained_on()
+    elif shared.measured is not None:
+        worker.close()  # nobody needs it
     exports = beside.begin(partial(export_both, run, merged))
     asked = alone, folder, options.merge, options.validation.max_memory
-    dequantized = stand_in(*asked, work, progress) if shared is None else stand_in_once(shared, *asked, progress)
+    dequantized = stand_in_once(shared, *asked, work, progress)
     budget = None
     if searches(options, base.folder):
         merged, pair = exports.result()
@@ -142,7 +141,7 @@ def _run(told: Told, stage: Path, work: Path, worker: Worker, beside: Beside) ->
         dequantized=dequantized,
         graphs_alone=not options.merged_folder,
         options=options.validation,
-        known=shared.known if shared is not None else None,
+        known=shared.known,
         progress=progress,
     )
     merged, pair = exports.result()
@@ -155,6 +154,7 @@ def _run(told: Told, stage: Path, work: Path, worker: Worker, beside: Beside) ->
     worker.close()
     if isinstance(measured, Control):
         measured = measure_run(pair.base, pair.merged, measured, options, progress)
+        keep_measured(shared, pair.base, pair.merged, measured)
     return replace(story, benchmark=measured)
 
 

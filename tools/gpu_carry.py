@@ -1,11 +1,11 @@
 """The GPU suite on a machine without a network, to which only small folders travel: packed here, unpacked there.
 
-    python tools/gpu_carry.py prepare                  # here, on a CPU: .gpu/part-00 and so on, and the calls to make
-    python3 tools/gpu_carry.py keep .gpu/part-00       # there, once for each part; the last one unpacks all of them
+    python tools/gpu_carry.py prepare             # here, on a CPU: .gpu/part-00 and so on, and the calls to make
+    python3 tools/gpu_carry.py keep .gpu/part-00  # there, once for each part; the last one unpacks all of them
 
-`prepare` packs the wheels that the other machine lacks (--package names others) and the graphs that it cannot export
-in time: Optimum's, which needs an environment of its own, and a UNet's. Both are without weights, which come from a
-seed there. Folder and machine know nothing but this file and Python's standard library.
+`prepare` packs the wheels that the other machine lacks (--package names others) and the graphs that it cannot
+export in time: Optimum's, which needs an environment of its own, and a UNet's. Both are without weights, which come
+from a seed there. `keep` needs Python's standard library and pip.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 
@@ -24,7 +25,8 @@ FOLDER = Path(".gpu")  # has to be ignored by git
 # pip takes a tag for the exact version that a wheel names.
 TAGS = [f"manylinux_2_{n}_x86_64" for n in (34, 31, 28, 27, 24, 17)] + ["manylinux2014_x86_64"]
 PACKAGES = (
-    "onnxruntime-gpu", "onnxruntime-genai-cuda", "transformers", "peft", "blake3", "msgspec", "optimum", "zstandard",
+    "onnxruntime-gpu", "onnxruntime-genai-cuda", "transformers", "peft", "blake3", "msgspec", "optimum",
+    "zstandard",
 )  # fmt: skip
 GRAPHS = ("unet-graph", "optimum-graph")  # as the suite calls them in its work
 PRECISION, PROVIDER, SHAPE = "fp16", "cuda", "135M"
@@ -105,7 +107,7 @@ def cut(packed: Path, folder: Path, limit: int) -> list[Path]:
 def calls(parts: list[Path]) -> list[str]:
     """What to run on the other machine, call by call."""
     keep = "python3 tools/gpu_carry.py keep"
-    suite = f"PYTHONPATH={SITE} python3 tools/gpu_suite.py --out {RESULTS} --work {WORK}"
+    suite = f"PYTHONPATH=$PWD python3 tools/gpu_suite.py --out {RESULTS} --work {WORK}"
     back = "--archive $OUT/results.tar.xz"
     told = ["", f"{len(parts)} parts; the calls, one right behind the other:"]
     for i, part in enumerate(parts):
@@ -152,6 +154,9 @@ def keep(options: argparse.Namespace) -> None:
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--upgrade"]
         wheels = sorted((store / "wheels").glob("*.whl"))
         subprocess.run([*pip, "--no-cache-dir", "--target", options.site, *wheels], check=True)
+        # Before what is installed there, and in every process: engines get no PYTHONPATH of ours.
+        first = f"import sys; sys.path.insert(0, {str(options.site)!r})\n"
+        Path(sysconfig.get_path("purelib"), "gpu-carried.pth").write_text(first, encoding="utf-8")
 
 
 def _sum(path: Path) -> str:

@@ -39,7 +39,7 @@ class CellSpec:
 class CellFacts:
     """What is known about a cell besides its timings. decoder: a prompt's call ends with the first new token's
     logits; kv_in_place: as in Cell; memory: arm → bytes; one_graph: base and merged are identical; ended_early: it
-    was measured as a sanity check only."""
+    was checked only, not tested."""
 
     decoder: bool
     kv_in_place: bool
@@ -68,7 +68,7 @@ def conclude(spec: CellSpec, series: Series, margin: float, rng: np.random.Gener
             ratios[MERGED], ratios[AGAIN], shown, series.blocks, margin, control or "", series.sessions
         )
         if facts.one_graph:
-            verdict, reason = on_one_graph(verdict, reason, series.blocks, margin, ended_early=facts.ended_early)
+            verdict, reason = on_one_graph(verdict, reason, margin, ended_early=facts.ended_early)
     ratio, low, high = _figures(ratios.get(MERGED))
     unmerged_ratio, unmerged_low, unmerged_high = _figures(ratios.get(UNMERGED))
     return Cell(

@@ -30,6 +30,9 @@ _MAX_WARM_UP_ROUNDS = 100
 _BLOCK_MS = 250.0
 _MAX_PASSES = 50
 _PLANNING_RESAMPLES = 500
+# A check of two arms that should not differ: so many blocks at least, and more while they fit into this time.
+CHECK_BLOCKS = 4
+_CHECK_SECONDS = 0.75
 # OpenMP's threads keep spinning for a few milliseconds after their work is done.
 _SETTLE_SECONDS = 0.02
 
@@ -119,6 +122,51 @@ def measure(
             tick(len(blocks), planned)
     times = {name: np.array([b[name] for b in blocks]) for name in arms}
     return Series(times, settled, tuple(readings), passes=passes)
+
+
+def check(
+    arms: Mapping[str, Timed],
+    *,
+    arm: str,
+    references: Sequence[str],
+    rng: np.random.Generator,
+    clock: Clock = time.perf_counter,
+    tick: Callable[[int, int], None] = lambda done, planned: None,
+    observe: Callable[[], Reading] | None = None,
+    apart: Collection[str] = (),
+) -> Series:
+    """Measure until `arm` does not look slower than the references, of which it is known to be a copy.
+
+    Every arm is called once a block, each second block in the reverse order of the one before. It ends after few
+    blocks, or MIN_BLOCKS where the interval lies above the references. Arms must have run before, as there is no
+    warm-up.
+    """
+    deadline = clock() + _CHECK_SECONDS
+    blocks: list[dict[str, list[float]]] = []
+    readings: list[Reading] = []
+    order: list[str] = []
+
+    def enough() -> bool:
+        if len(blocks) < CHECK_BLOCKS or len(blocks) >= MIN_BLOCKS:
+            return len(blocks) >= MIN_BLOCKS
+        if clock() < deadline:
+            return False
+        logs = log_ratios(*(np.array([b[name] for b in blocks]) for name in (arm, *references)))
+        return not ratio_interval(logs, rng, _PLANNING_RESAMPLES).low > 1
+
+    with _no_garbage_collection():
+        if observe:
+            observe()
+        while not enough():
+            names = [name for name in arms if name not in apart]
+            order = order[::-1] if len(blocks) % 2 else [names[i] for i in rng.permutation(len(names))]
+            blocks.append({name: [arms[name]()] for name in (*order, *apart)})
+            readings += [observe()] if observe else []
+            if apart:
+                time.sleep(_SETTLE_SECONDS)
+            tick(len(blocks), MIN_BLOCKS)
+    times = {name: np.array([b[name] for b in blocks]) for name in arms}
+    return Series(times, settled=True, readings=tuple(readings))
 
 
 def _passes(pass_ms: float, seconds: float) -> int:

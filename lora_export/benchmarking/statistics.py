@@ -168,19 +168,16 @@ def judge(
     return "inconclusive", f"the interval reaches beyond the margin after {blocks} blocks{of}"
 
 
-def on_one_graph(
-    found: Verdict, reason: str, blocks: int, margin: float, *, ended_early: bool
-) -> tuple[Verdict, str]:
+def on_one_graph(found: Verdict, reason: str, margin: float, *, ended_early: bool) -> tuple[Verdict, str]:
     """The verdict where base and merged are one optimized graph, from what `judge` found of the timings.
 
     The graph shows that merged does the same work, whatever the noise: only timings that are slower, or no numbers,
-    say something else. `equivalent` stays where a full measurement passed its test. ended_early: it was a sanity
-    check, which tests nothing.
+    say something else. `equivalent` stays where a full measurement passed its test. ended_early: it was a check,
+    which tests nothing.
     """
     if found == "slower" or reason == NOT_NUMBERS or (found == "equivalent" and not ended_early):
         return found, reason
-    why = reason or f"the measurement ended after {blocks} blocks"
-    return "equivalent_by_structure", f"no test at ±{margin:.2%} is claimed: {why}"
+    return "equivalent_by_structure", "" if ended_early else f"no test at ±{margin:.2%} is claimed: {reason}"
 
 
 def overall(verdicts: list[Verdict]) -> Verdict:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from lora_export import folder_files
 from lora_export.errors import InputError, LoraExportError
 from lora_export.folder_files import SENTENCE_MODULES
 from lora_export.storage.documents import is_text
@@ -26,6 +27,7 @@ from lora_export.storage.sealed import SETTLED, opened, status_sign
 
 T = TypeVar("T")
 
+NAME = "hashes.sqlite"
 _INDEX = "model_index.json"  # of a pipeline, whose models lie in folders
 _PATIENCE = 10.0  # seconds that a writer waits for another one
 _THREADS = min(8, os.cpu_count() or 1)
@@ -86,8 +88,7 @@ class _Hash:
 
 def user_cache() -> Path:
     """Where hashes of files are kept for this user."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "lora-export" / "hashes.sqlite"
+    return folder_files.user_cache() / NAME
 
 
 @dataclass

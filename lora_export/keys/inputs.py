@@ -96,6 +96,11 @@ def key_of(inputs: Mapping[str, object], spelled: Spelled | None = None) -> str:
     return hashlib.sha256(f"{{{','.join(parts)}}}".encode()).hexdigest()
 
 
+def seed_of(key: str) -> int:
+    """A seed for all validations of one base, which then look at the same inputs."""
+    return int(key[:8], 16) % 2**31
+
+
 def _canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 

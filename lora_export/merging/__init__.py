@@ -41,6 +41,7 @@ from lora_export.storage.disk import check_space
 from lora_export.storage.files import output_folder
 from lora_export.storage.memory import importing
 from lora_export.storage.sealed import write_sealed
+from lora_export.storage.workers import Job
 
 __all__ = [
     "CERTIFICATE",
@@ -137,7 +138,8 @@ def merge_planned(
     inputs, companions = [base, *(a.folder for a in planned.adapters)], companion_files(base)
     with output_folder(output, force, inputs=inputs) as stage:
         check_space(stage, planned.nbytes)
-        audit = write_shards(planned, stage, progress, Auditor(planned, certified))
+        audit = Auditor(planned, certified)
+        write_shards(planned, stage, progress, audit, also=[Job(audit.hash_adapters)])
         warnings = [*planned.warnings, *write_beside(planned, companions, stage)]
         if accept is not None:
             accept(stage, audit.records)

@@ -15,8 +15,8 @@ PARTS_HEAD = ("Part", "Optimized graph", "Nodes", "Canonical hash")
 PICTURES_HEAD = ("Arm", "A picture, seconds", "Steps", "Pixels")
 BY_VALUES = (
     "Values of weights are no part of the graph. Denormal, infinite or NaN weights slow some processors down, "
-    "tokens that choose other experts read other weights, and a GPU at its power limit is faster on some values than on "
-    "others: only the timings can show that."
+    "tokens that choose other experts read other weights, and a GPU at its power limit is faster on some values "
+    "than on others: only the timings can show that."
 )
 CONDITIONS_HEAD = ("Cell", "Reading", "Minimum", "Median", "Maximum")
 _READINGS = {

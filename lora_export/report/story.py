@@ -9,6 +9,7 @@ from typing import Literal
 from lora_export import wording
 from lora_export.contracts import (
     BenchmarkResult,
+    CacheUse,
     ExportResult,
     MergeResult,
     NamedAdapter,
@@ -28,6 +29,7 @@ Row = tuple[str, ...]
 PERPLEXITY_HEAD = ("Model", "Perplexity", "Against the base", "Tokens")
 BASES_HEAD = ("Merged into", "Perplexity", "KL from the trained model, nats")
 SURVIVAL_HEAD = ("Model", "Adapter effect retained", "KL base → merged, nats", "KL merged → model, nats")
+CACHE_HEAD = ("Of the base", "Found", "SHA-256", "Note")
 RECORDS_HEAD = ("Tensor", "‖ΔW‖ / ‖W‖", "Survived", "Kind")
 
 _NOT_VALIDATED = "The merged model was not checked against the unmerged one."
@@ -265,6 +267,19 @@ def _calibration_facts(export: ExportResult) -> list[Row]:
 
 def file_rows(export: ExportResult) -> list[Row]:
     return [(one_line(name), size(n)) for name, n in sorted(export.files.items())]
+
+
+def cache_rows(use: CacheUse) -> list[Row]:
+    """What was taken from the cache and what was computed, each with its SHA-256."""
+    return [
+        (
+            one_line(part.what),
+            "from the cache" if part.taken else "computed",
+            _joined(f"{name} {digest}" for name, digest in part.sha256.items()),
+            one_line(part.note) or DASH,
+        )
+        for part in use.parts
+    ]
 
 
 # --- sources and options -------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class FileHash:
     size: int
 
 
-_known: dict[tuple[str, bytes], FileHash] = {}  # of files that stay as they are
+_known: dict[bytes, FileHash] = {}  # of files that stay as they are
 
 
 @contextlib.contextmanager
@@ -142,7 +142,7 @@ def hashed_once(path: Path, root: Path | None = None, *, settled: bool = False) 
     """As `hashed`, but once in a process for a file that stays as it is. One that was changed a moment ago could be
     changed again without a sign of it, and is hashed each time, unless it is `settled`: nobody writes it."""
     status = path.stat()
-    sign = str(path.absolute()), status_sign(status)
+    sign = status_sign(status)
     known = _known.get(sign)
     if known is None:
         known = hashed(path, root)

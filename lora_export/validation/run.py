@@ -95,9 +95,14 @@ def prepared(
         )
 
 
-def seeded(options: ValidationOptions) -> ValidationOptions:
-    """With a seed; where none is given a new one is drawn, so that nobody knows in advance what is looked at."""
-    return options if options.seed is not None else replace(options, seed=secrets.randbelow(2**31))
+def seeded(options: ValidationOptions, shared: int | None = None) -> ValidationOptions:
+    """With a seed; where none is given a new one is drawn, so that nobody knows in advance what is looked at.
+
+    shared: that of all validations of one base, which then look at what is known of it.
+    """
+    if options.seed is not None:
+        return options
+    return replace(options, seed=secrets.randbelow(2**31) if shared is None else shared)
 
 
 def streams(merged: Path, max_memory: int | None) -> bool:

@@ -19,7 +19,7 @@ from lora_export.progress import Silent
 from lora_export.workflows.beside import Later
 from lora_export.workflows.budget import Models, Pair, within_budget
 from lora_export.workflows.run_graphs import Control, control_of, export_as, export_merged, merge_into
-from lora_export.workflows.shared_base import SharedBase, measured_before
+from lora_export.workflows.shared_base import SharedBase, base_of, measured_before
 
 if TYPE_CHECKING:
     from lora_export.contracts import TensorSource
@@ -36,7 +36,7 @@ class Told:
     adapters: Sequence[AdapterChoice]
     planned: "MergePlan"
     options: StoryOptions
-    shared: SharedBase | None
+    shared: SharedBase
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,11 @@ def export_both(run: Run, merged: MergeResult | None, progress: Progress) -> tup
 
     told, folder, worker, how = run.told, run.folder, run.worker, run.told.options.export
     source = written_source(merged) if merged is not None else None
-    base_onnx = told.shared.export if told.shared is not None else None
-    if base_onnx is None:
-        where, what = run.work / "base", "the base, to compare with"
-        base_onnx = export_as(run.trained_on(), where, how, progress, what, calibrated_on=source, worker=worker)
+    where, what = run.work / "base", "the base, to compare with"
+    base_onnx = base_of(
+        told.shared,
+        lambda: export_as(run.trained_on(), where, how, progress, what, calibrated_on=source, worker=worker),
+    )
     if merged is not None:
         exported = export_merged(base_onnx, folder, run.stage / "onnx", how, progress, source, worker)
         return merged, Pair(base_onnx, exported)
@@ -75,7 +76,7 @@ def export_both(run: Run, merged: MergeResult | None, progress: Progress) -> tup
 def to_measure(run: Run, exports: Later[tuple[MergeResult, Pair]], progress: Progress) -> Control | BenchmarkResult:
     """The unmerged model's graph, to be measured beside the others; or what was measured of the same graph."""
     told, merged = run.told, exports.result()[1].merged
-    measured = measured_before(told.shared, merged) if told.shared is not None else None
+    measured = measured_before(told.shared, merged)
     if measured is not None:
         return measured
     return control_of(

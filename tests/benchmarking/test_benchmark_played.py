@@ -1,18 +1,22 @@
-"""CUDA and TensorRT played by the CPU (tests/stand_in): every decision that a GPU asks of a benchmark, and each way in
-which one fails, is told. The device itself is for test_benchmark_gpu.py."""
+"""CUDA and TensorRT played by the CPU (tests/stand_in): every decision that a GPU asks of a benchmark, and each way
+in which one fails, is told. The device itself is for test_benchmark_gpu.py."""
 
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from onnx import TensorProto as T
 
 from lora_export import benchmarking, runtime
-from lora_export.benchmarking import environment, sessions
+from lora_export.benchmarking import environment, pytorch, sessions
+from lora_export.benchmarking.arms import OpenedArms
 from lora_export.benchmarking.buffers import Buffers, Shape
+from lora_export.benchmarking.pytorch import TorchStep
 from lora_export.contracts import BenchmarkArm, BenchmarkOptions, BenchmarkResult
 from lora_export.errors import RuntimeUnavailable
 from lora_export.graph_runs.runs import GraphRun
@@ -130,12 +134,46 @@ def test_played_step_in_place_under_capture_computes_the_same(played: Played, mo
     np.testing.assert_array_equal(logits[2], logits[0])
 
 
+# --- PyTorch -----------------------------------------------------------------------------------------------
+
+
+def test_played_pytorch_arm_is_on_the_card_and_waited_for(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved, waited = list[object](), list[str]()
+    to = torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moved.append(device) or to(self, "cpu"))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: moved.append(device) or self)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append("cuda"))
+    step = torch.nn.Identity()
+    arm = TorchStep(lambda device: lambda given: step.to(device)(given), model, "tensorrt", 1)
+    monkeypatch.setattr(pytorch, "step_feed", lambda *_: {"x": np.ones(2, np.float32)})
+    assert arm.device == "cuda"
+    arm.call(Shape(1, 0, 4), Buffers("cpu")).run()
+    assert set(moved) == {"cuda"} and waited == ["cuda"]
+
+
+def test_played_pytorch_arm_has_no_cuda_graph_of_its_own(played: Played, model: Path, monkeypatch: Any) -> None:
+    played()
+    opened: list[bool] = []
+
+    def never(arms: Any, arm: BenchmarkArm, part: int) -> Any:
+        opened.append(arms.cuda_graph)
+        return sessions.ArmSession(model, "cuda", 1)
+
+    real = OpenedArms._open
+    monkeypatch.setattr(OpenedArms, "_open", lambda *a: never(*a) if a[1].pytorch else real(*a))
+    result = study(model, "cuda", BenchmarkArm("pytorch", pytorch=(tmp := model.parent, tmp)))
+    assert opened == [False]
+    assert [("pytorch" in cell.arms) for cell in result.cells if not cell.cuda_graph] == [True, True]
+
+
 # --- memory ------------------------------------------------------------------------------------------------
 
 
 def test_played_model_larger_than_the_card_is_told(played: Played, model: Path) -> None:
     played(memory=1000)
-    with pytest.raises(RuntimeUnavailable, match="cannot open the model on cuda.*Failed to allocate memory"):
+    with pytest.raises(RuntimeUnavailable, match=r"cannot open the model on cuda.*Failed to allocate memory"):
         study(model)
 
 

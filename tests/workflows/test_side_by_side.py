@@ -14,10 +14,12 @@ from lora_export import pipeline, validation
 from lora_export.checkpoint.sources import adapter_choices, resolve
 from lora_export.contracts import Progress, Story, StoryOptions
 from lora_export.errors import ExportError, InputError
+from lora_export.onnx_export.engines import isolated
 from lora_export.progress import Silent
 from lora_export.workflows.run_exports import Run
+from tests import warm_engines
 from tests.failures.commands import everything
-from tests.onnx_export.test_worker import REQUESTS, until
+from tests.onnx_export.test_warm_worker import REQUESTS, until
 from tests.validation.conftest import save_adapter, save_base
 
 OPTIONS = StoryOptions()
@@ -52,6 +54,7 @@ class Busy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.begun, self.pid = folder / "begun", 0
         monkeypatch.setattr(pipeline, "WARM", ())
+        monkeypatch.setattr(isolated, "_start", warm_engines.STARTED)
         monkeypatch.setattr(pipeline, "fits", lambda *_: True)
         monkeypatch.setattr(pipeline, "export_both", self)
 
@@ -112,6 +115,7 @@ def test_refused_run_does_not_wait_for_imports(
         raise InputError("no")
 
     monkeypatch.setattr(pipeline, "WARM", ("tests.onnx_export.slow_import",))
+    monkeypatch.setattr(isolated, "_start", warm_engines.STARTED)
     monkeypatch.setattr(pipeline, "_preflight", refuse)
     with pytest.raises(InputError):
         run()

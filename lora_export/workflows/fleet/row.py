@@ -109,7 +109,7 @@ def _told(given: Given, run: Path, shared: "SharedBase | None", clock: Clock) ->
 def _given(task: Task, node: Path, clock: Clock) -> Given:
     """The inputs on this machine, which have to be those that were planned, and the options of the run."""
     from lora_export.keys.hashes import Hashes
-    from lora_export.keys.inputs import base_inputs, key_of, row_inputs
+    from lora_export.keys.inputs import base_inputs, key_of, row_inputs, seed_of
     from lora_export.pipeline import with_provider
     from lora_export.workflows.fleet.planning import located_adapter
 
@@ -133,7 +133,7 @@ def _given(task: Task, node: Path, clock: Clock) -> Given:
         )
     seed = row.options.validation.seed
     if seed is None:
-        seed = int((planned.base_key or planned.key)[:8], 16) % 2**31
+        seed = seed_of(planned.base_key or planned.key)
     validation = replace(row.options.validation, seed=seed)
     return Given(base, adapters, with_provider(replace(row.options, validation=validation, force=False)), inputs)
 
@@ -265,6 +265,7 @@ def figures_of(story: Story | Report) -> RowFigures:
         delta_survival=float(kept) if kept is not None else None,
         kl=max(lost, default=None),
         ratio=max(ratios, default=None),
+        verdict=measured.verdict if measured else None,
         checks=len(checked.checks) if checked else 0,
         failed=sum(not c.passed for c in checked.checks) if checked else 0,
     )
