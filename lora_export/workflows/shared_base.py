@@ -90,17 +90,10 @@ def same_graph(base: ExportResult, exported: ExportResult) -> tuple[str, ...]:
     return own if own == tuple(sha256(path) for path in base.paths) else ()
 
 
-def measured_once(
-    shared: SharedBase, base: ExportResult, merged: ExportResult, measure: Callable[[], BenchmarkResult]
-) -> BenchmarkResult:
-    """The latency of this export's graph: as it was measured before, or measured now, and kept if this run keeps
-    anything."""
-    measured = measured_before(shared, merged)
-    if measured is None:
-        measured = measure()
-        if shared.keeper is not None:
-            shared.keeper.measurement(base, merged, measured)
-    return measured
+def keep_measured(shared: SharedBase, base: ExportResult, merged: ExportResult, made: BenchmarkResult) -> None:
+    """Keep what was measured of this export's graph for the next run, if this run keeps anything."""
+    if shared.keeper is not None:
+        shared.keeper.measurement(base, merged, made)
 
 
 def measured_before(shared: SharedBase, exported: ExportResult) -> BenchmarkResult | None:
