@@ -139,7 +139,7 @@ def check(
 
     Every arm is called once a block, each second block in the reverse order of the one before. It ends after few
     blocks, or MIN_BLOCKS where the interval lies above the references. Arms must have run before: one more round
-    is not timed, as ONNX Runtime lays out its memory anew in the second run of a shape, and that is all the warm-up.
+    is not timed, as ONNX Runtime lays out its memory anew in the second run of a shape.
     """
     names = [name for name in arms if name not in apart]
     blocks: list[dict[str, list[float]]] = []

@@ -18,6 +18,7 @@ BY_VALUES = (
     "tokens that choose other experts read other weights, and a GPU at its power limit is faster on some values "
     "than on others: only the timings can show that."
 )
+_WARMED_UP = "were warmed up until their medians stopped drifting."
 CONDITIONS_HEAD = ("Cell", "Reading", "Minimum", "Median", "Maximum")
 _READINGS = {
     "load": "load average",
@@ -232,9 +233,13 @@ def method(bench: BenchmarkResult) -> list[str]:
     names = f" ({', '.join(arms)})" if arms else ""
     return [
         f"All arms{names} and a second session of the base ran in one process, with the same options and the "
-        "same bound buffers, and were warmed up until their medians stopped drifting.",
-        "They were timed in blocks. Each block runs the arms in a random order and then in the reverse order, so "
-        "that drift and background load affect all arms alike"
+        "same bound buffers, and " + ("ran twice before they were timed." if bench.ended_early else _WARMED_UP),
+        (
+            "They were timed in blocks of one call an arm, each second block in the reverse order of the one before"
+            if bench.ended_early
+            else "They were timed in blocks. Each block runs the arms in a random order and then in the reverse order"
+        )
+        + ", so that drift and background load affect all arms alike"
         + ("; PyTorch runs last in each block, because its threads keep spinning." if "pytorch" in arms else "."),
         "Each block gives one ratio of medians. The reported ratio is their trimmed mean, and its 90 % interval "
         + (

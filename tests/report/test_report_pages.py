@@ -315,6 +315,8 @@ def test_report_by_structure_gives_the_interval_and_claims_no_test(
         assert "within ±1%, in" not in words and "inconclusive" not in words and "equivalent_by" not in words
         assert "For all others the graph alone speaks." in words and "Denormal, infinite or NaN weights" in words
         assert ("--max-time measures until the noise allows a test" in words) == early
+        assert ("ran twice before they were timed. They were timed in blocks of one call an arm" in words) == early
+        assert ("were warmed up until their medians stopped drifting" in words) != early
     assert ("61.2 s, ended early" in page.words) == early
     assert html.count("good-mark nowrap") >= 2
     assert "Equivalent by structure: whether an interval lies in the band does not matter." in page.words
