@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 export LORA_EXPORT_CACHE ?= $(CURDIR)/.cache
 unexport PYTHONDONTWRITEBYTECODE  # a file is compiled once, not by every process that reads it
 
-.PHONY: env demo demo-qlora demo-int4 demo-diffusion test test-all coverage lint docs smoke format clean
+.PHONY: env demo demo-qlora demo-int4 demo-diffusion test test-all coverage lint docs smoke release format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test        the quick tests        make test-all  slow ones too        make coverage  of the quick ones"
 	@echo "make lint        style, types, dead code, unused dependencies                make docs  the documentation"
 	@echo "make smoke       wheel and sdist; the wheel tried in a clean environment"
+	@echo "make release     the same, checked as a release is, with its bill of materials in dist/"
 
 env: $(BIN)/.ready
 
@@ -61,13 +62,22 @@ lint: $(BIN)/.ready
 docs: $(BIN)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-# Wheel and sdist, and the wheel in an environment of its own.
+# Wheel and sdist, and the wheel in an environment of its own. Files are dated by the newest entry of CHANGELOG.md, so
+# that the same sources give the same bytes.
+smoke release: export SOURCE_DATE_EPOCH = $(shell date -u +%s -d $$(sed -n 's/^## .* - //p' CHANGELOG.md | head -1))
 smoke: $(BIN)/.ready
 	rm -rf dist build/smoke
 	$(BIN)/python -m build --outdir dist .
 	$(PYTHON) -m venv build/smoke
 	build/smoke/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 dist/*.whl
 	build/smoke/bin/python tools/smoke.py
+
+# Their tools have an environment of their own, because the one with the wheel is what the bill of materials lists.
+release: smoke
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build \
+		check-wheel-contents cyclonedx-bom pyright twine
+	build/release/bin/python tools/release.py build/smoke/bin/python
 
 coverage: $(BIN)/.ready
 	$(BIN)/coverage run -m pytest -q -m "not slow and not gpu and not timing" -n auto --dist loadfile --no-loadscope-reorder

@@ -30,7 +30,7 @@ CHARACTERS = 5000  # of each message that is read
 def run_story(base: Path, adapter: str, out: Path, extra: list[str]) -> int:
     """Run the command that a user would type, and print it first."""
     command = ["lora-export", "merge-and-export", "-b", str(base), "-a", str(ADAPTERS / adapter), "-o", str(out)]
-    command += [*TRAINED_WITH[adapter], "--prompts", str(PROMPTS), "--max-time", "40s", "--force", *extra]
+    command += [*TRAINED_WITH[adapter], "--prompts", str(PROMPTS), "--force", *extra]
     print("$ " + " ".join(command), file=sys.stderr)
     executable = Path(sys.executable).with_name("lora-export")
     return subprocess.run([str(executable), *command[1:]], check=False).returncode

@@ -9,6 +9,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["LORA_EXPORT_NO_CACHE"] = "1"  # a run that is tested computes everything
 if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core, so one thread a worker
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

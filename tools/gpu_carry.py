@@ -15,6 +15,7 @@ import json
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def cut(packed: Path, folder: Path, limit: int) -> list[Path]:
 def calls(parts: list[Path]) -> list[str]:
     """What to run on the other machine, call by call."""
     keep = "python3 tools/gpu_carry.py keep"
-    suite = f"PYTHONPATH={SITE}:$PWD python3 tools/gpu_suite.py --out {RESULTS} --work {WORK}"
+    suite = f"PYTHONPATH=$PWD python3 tools/gpu_suite.py --out {RESULTS} --work {WORK}"
     back = "--archive $OUT/results.tar.xz"
     told = ["", f"{len(parts)} parts; the calls, one right behind the other:"]
     for i, part in enumerate(parts):
@@ -153,6 +154,9 @@ def keep(options: argparse.Namespace) -> None:
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--upgrade"]
         wheels = sorted((store / "wheels").glob("*.whl"))
         subprocess.run([*pip, "--no-cache-dir", "--target", options.site, *wheels], check=True)
+        # Before what is installed there, and in every process: engines get no PYTHONPATH of ours.
+        first = f"import sys; sys.path.insert(0, {str(options.site)!r})\n"
+        Path(sysconfig.get_path("purelib"), "gpu-carried.pth").write_text(first, encoding="utf-8")
 
 
 def _sum(path: Path) -> str:

@@ -5,7 +5,7 @@ out, and the next ones are tried.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from processes import HERE
@@ -30,13 +30,15 @@ class Made:
 
 @dataclass(frozen=True)
 class Step:
-    """A figure. command: for this Python; it writes into the folder RESULT, or RESULT.failed with status 3."""
+    """A figure. commands: for this Python; they write into the folder of the result, or, with status 3, into the
+    same with .failed; extra: what the first command is told as well, for each of these needs that can be made."""
 
     name: str
     about: str
     seconds: float
     commands: Sequence[Command]
     needs: Sequence[str] = ()
+    extra: Mapping[str, Command] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ class Plan:
             self._placement("placement", demo[1]),
             self._latency("merged", f"merged beside base, {half}, batch 1", demo[:2]),
             self._latency("unmerged", "the same beside unmerged and plugged", demo),
-            self._latency("optimum", "the same beside Optimum's graph", [*demo[:2], "optimum"]),
+            replace(self._latency("optimum", "the same beside Optimum's graph", [*demo[:2], "optimum"]),
+                    needs=(*demo[:2], "optimum")),
             self._latency("int4", "int4: base, merged, unmerged", four),
             self._latency("diffusion", "a step of Stable Diffusion 1.5's UNet", ["unet base", "unet merged"],
                           "--batch", "2", "--prompt-length", "64" if self.sizes == "real" else "16"),
@@ -185,15 +188,15 @@ class Plan:
     def _latency(self, name: str, about: str, arms: Sequence[str], *more: str, times: int = 1) -> Step:
         base, merged, *others = arms
         words: list[str | Path] = ["-b", self._graph(base), "-m", self._graph(merged)]
+        extra: dict[str, Command] = {}
         for other in others:
             arm = other.rpartition(" ")[2]
-            beside = ["--beside", f"{arm}={self._graph(other)}"]
-            flags = {"unmerged": ["-u", self._graph(other)], "plugged": ["--plugged", self._graph(other)]}
-            words += flags.get(arm, beside)
+            flags = {"unmerged": ("-u", self._graph(other)), "plugged": ("--plugged", self._graph(other))}
+            extra[other] = flags.get(arm, ("--beside", f"{arm}={self._graph(other)}"))
         words += more or ("--batch", "1", "--prompt-length", "128")
         seconds = times * self.seconds
         words += ["--provider", self.provider, "--max-time", f"{seconds}s", "-q", "-o", self.result(name)]
-        return Step(name, about, seconds + 25, (("-m", "lora_export", "benchmark", *words),), arms)
+        return Step(name, about, seconds + 25, (("-m", "lora_export", "benchmark", *words),), (base, merged), extra)
 
     def _graph(self, name: str) -> Path:
         return self.at(name) / "model.onnx" if name.startswith(("unet", "optimum")) else self.at(name)

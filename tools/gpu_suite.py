@@ -17,12 +17,14 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,8 @@ class Missed(Exception):
 
 
 class Suite:
-    """suite.json of the results holds what each step took, and for each that has no result, why."""
+    """suite.json of the results holds what each step took, and why one has no result (missed), or goes without an
+    arm (absent)."""
 
     def __init__(self, plan: Plan, budget: float | None, stand_in: bool) -> None:
         self.plan, self.stand_in = plan, stand_in
@@ -52,6 +55,7 @@ class Suite:
         known = json.loads(self.record.read_text(encoding="utf-8")) if self.record.is_file() else {}
         self.seconds: dict[str, float] = known.get("seconds", {})
         self.missed: dict[str, str] = {}
+        self.absent: dict[str, str] = {}
 
     def run(self, steps: Sequence[Step]) -> None:
         for step in steps:
@@ -66,13 +70,32 @@ class Suite:
             self.save()
 
     def _carry_out(self, step: Step) -> None:
-        needed = self._needed(step.needs)
+        needed = self._needed([*step.needs, *step.extra])
         expected = step.seconds + sum(made.seconds for made in needed)
         if expected > self.left:
             raise Missed(f"it takes about {expected:.0f} s, and {self.left:.0f} s are left")
-        for made in needed:
+        self._make(step.needs)
+        first, *rest = step.commands
+        for name, words in step.extra.items():
+            try:
+                self._make((name,))
+                first = (*first, *words)
+            except Missed as why:
+                self.absent[name] = str(why)
+                print(f"{step.name} goes without {name}: {why}", flush=True)
+        step = replace(step, commands=(first, *rest))
+        try:
+            self._timed(step, self.plan.result(step.name))
+        except Missed:
+            if (found := result_of(self.plan, step)) is not None:  # what a step left that failed is no result
+                broken = self.plan.result(f"{step.name}.broken")
+                shutil.rmtree(broken, ignore_errors=True)
+                found.rename(broken)
+            raise
+
+    def _make(self, names: Sequence[str]) -> None:
+        for made in self._needed(names):
             self._timed(made, self.plan.at(made.name))
-        self._timed(step, self.plan.result(step.name))
 
     @property
     def left(self) -> float:
@@ -111,7 +134,7 @@ class Suite:
             start = log.tell()
             try:
                 done = subprocess.run(
-                    [sys.executable, *command], stdout=log, stderr=log, timeout=limit, check=False
+                    [sys.executable, *command], stdout=log, stderr=log, timeout=limit, cwd=ROOT, check=False
                 )
             except subprocess.TimeoutExpired:
                 raise Missed(f"{name} was stopped at the end of the budget") from None
@@ -127,7 +150,7 @@ class Suite:
         self._write(result_of(self.plan, step) / "step.json", about)  # type: ignore[operator]
 
     def save(self) -> None:
-        self._write(self.record, {"seconds": self.seconds, "without_result": self.missed})
+        self._write(self.record, {"seconds": self.seconds, "without_result": self.missed, "absent": self.absent})
 
     def _write(self, path: Path, about: dict[str, Any]) -> None:
         from lora_export.storage.sealed import write_json
@@ -241,9 +264,12 @@ def main() -> None:
     for archive in options.earlier:
         restored(archive, plan.results)
     steps = [s for s in plan.steps() if not options.only or s.name in options.only]
+    if options.stand_in:
+        steps = [s for s in steps if s.name != "tests"]
+        print("tests: not with a played card, which has no clocks and no memory of its own")
     if options.list:
         for step in steps:
-            made = sum(m.seconds for m in suite._needed(step.needs))
+            made = sum(m.seconds for m in suite._needed([*step.needs, *step.extra]))
             print(f"{step.name:<10} {step.seconds:4.0f} s, {made:4.0f} s before: {step.about}")
         return
     suite.run(steps)
@@ -252,12 +278,14 @@ def main() -> None:
             print(f"\n{step.name}: {step.about}", *lines(folder), sep="\n")
     for name, why in suite.missed.items():
         print(f"\n{name}: no result: {why}")
+    for name, why in suite.absent.items():
+        print(f"\n{name}: not made, and no arm of its step: {why}")
     if options.stand_in:
         print("\nCUDA was played by the CPU: no figure here is one of a GPU")
     print(f"\n{sum(suite.seconds.values()):.0f} s of work, {plan.results}")
     if options.archive:
         archived(plan.results, options.archive)
-    sys.exit(1 if suite.missed else 0)
+    sys.exit(1 if suite.missed or suite.absent else 0)
 
 
 def planned(options: argparse.Namespace) -> Plan:
@@ -271,8 +299,8 @@ def planned(options: argparse.Namespace) -> Plan:
         sys.exit(f"{error.found}\n{error.next_step}")
     sizes = options.sizes or ("tiny" if options.stand_in else "real" if provider != "cpu" else "small")
     half = "fp16" if provider != "cpu" else "fp32"
-    work = options.work / f"{sizes}-{provider}"
-    return Plan(work, options.out, provider, sizes, half, options.seconds)
+    work = options.work.resolve() / f"{sizes}-{provider}"
+    return Plan(work, options.out.resolve(), provider, sizes, half, options.seconds)
 
 
 def parse() -> argparse.Namespace:

@@ -95,7 +95,7 @@ class Decoder:
         run = self._later if state.seen else self._first
         feed = completed(run.signature, {**state.values, IDS: ids, **given}, state.seen)
         outputs = run.values(feed)
-        logits = to_numpy(outputs.pop(LOGITS), run.signature.outputs[LOGITS].dtype).astype(np.float32)
+        logits = to_numpy(outputs.pop(LOGITS), run.signature.outputs[LOGITS].dtype).astype(np.float32, copy=False)
         continued = {read_as(name): value for name, value in outputs.items()}
         return logits, State({**state.values, **continued}, state.seen + ids.shape[1])
 

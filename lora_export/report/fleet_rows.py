@@ -99,8 +99,8 @@ def from_outcome(outcome: RowOutcome, made: str) -> FleetReportRow:
         name=outcome.name, base="", adapters=(), state=outcome.state, key=outcome.key, place=outcome.place,
         report=outcome.report, seconds=outcome.seconds, attempts=outcome.attempts, stages=outcome.stages,
         memory_bytes=outcome.memory_bytes, survival=figures.survival, delta_survival=figures.delta_survival,
-        kl=figures.kl, ratio=figures.ratio, nbytes=figures.nbytes, checks=figures.checks, failed=figures.failed,
-        error=outcome.error, warnings=outcome.warnings, made=made,
+        kl=figures.kl, ratio=figures.ratio, verdict=figures.verdict, nbytes=figures.nbytes, checks=figures.checks,
+        failed=figures.failed, error=outcome.error, warnings=outcome.warnings, made=made,
     )  # fmt: skip
 
 

@@ -201,9 +201,10 @@ class Entry:
         return locks.share(self._lock, self.folder)
 
     def keep(self, name: str, source: Path, about: Mapping[str, Any]) -> Part:
-        """Put a folder there as a part: as the same files where the disk allows, which nobody may change after
-        that, else as copies. OutputError if it cannot be kept."""
+        """Have a folder as a part: moved there, or copied from another disk. OutputError if it cannot be kept; then
+        the folder is where it was."""
         new, place = self.folder / f"{_NEW}{secrets.token_hex(16)}", self.folder / name
+        moved = False
         try:
             nbytes = sum(sealed.sizes(source).values())
             if not self.cache.make_room(nbytes, self.folder):
@@ -213,18 +214,21 @@ class Entry:
                     next_step="give it more with --cache-size",
                 )
             new.mkdir(mode=0o700)
-            _linked(source, new / FILES)
+            moved = _moved(source, new / FILES)
             files = _hashes(new / FILES)
             document = PartDocument(_SCHEMA, files, dict(about))
             sealed.write_sealed(new / HASHES, as_json(document))
             place.parent.mkdir(mode=0o700, exist_ok=True)
             new.rename(place)
+            moved = False
         except OSError as error:
             faster = self._part(name) if error.errno in _THERE else None  # another command was, with the same
             if faster is None:
                 raise OutputError(error.strerror or str(error), where=error.filename or place) from None
             return faster
         finally:
+            if moved:
+                (new / FILES).rename(source)
             shutil.rmtree(new, ignore_errors=True)
         return Part(place / FILES, files, document.about)
 
@@ -244,21 +248,22 @@ class Entry:
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def _linked(source: Path, target: Path) -> None:
-    """The files of `source` in the new folder `target`. OSError if they do not fit."""
-    target.mkdir(mode=0o700)
-    for root, folders, names in os.walk(source):
+def _moved(source: Path, target: Path) -> bool:
+    """Give a folder another name, or copy it to another disk (False). OSError if it does not fit there."""
+    try:
+        source.rename(target)
+        return True
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    if shutil.disk_usage(target.parent).free < sum(sealed.sizes(source).values()) + _SPARE:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+    for root, _, names in os.walk(source):
         inside = target / os.path.relpath(root, source)
-        for name in folders:
-            (inside / name).mkdir(mode=0o700)
+        inside.mkdir(mode=0o700)
         for name in names:
-            path = Path(root, name)
-            try:
-                os.link(path, inside / name, follow_symlinks=False)
-            except OSError:
-                if shutil.disk_usage(target).free < path.stat().st_size + _SPARE:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from None
-                sealed.copy(path, inside / name, source)
+            sealed.copy(Path(root, name), inside / name, source)
+    return False
 
 
 def _hashes(folder: Path) -> dict[str, FileHash]:

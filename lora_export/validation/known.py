@@ -65,7 +65,7 @@ class KnownBase:
 
 
 class Shelf(Sequence[torch.Tensor]):
-    """Tensors in files of a folder, each read when it is asked for."""
+    """Tensors in files of a folder, each mapped when it is asked for: only what is read of it comes into memory."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = list(files)
@@ -76,7 +76,7 @@ class Shelf(Sequence[torch.Tensor]):
     def __getitem__(self, at: Any) -> Any:
         if isinstance(at, slice):
             return Shelf(self._files[at])
-        return torch.from_numpy(np.load(self._files[at]))
+        return torch.from_numpy(np.load(self._files[at], mmap_mode="c"))
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Answers:
         """
         known = self.known
         if known is None or not self.trusted:
-            value: Value = self._put(compute(), self.scratch)[1]
+            value: Value = self._put(compute(), Path(tempfile.mkdtemp(dir=self.scratch)))[1]
             return value
         place = known.folder / digest({"what": what, "inputs": inputs, **self.depends})
         if place.is_dir():
@@ -119,13 +119,17 @@ class Answers:
             self.progress.warn(f"{place} is damaged, so it is computed again")
             shutil.rmtree(place, ignore_errors=True)
         known.told[what] = place.name, False
+        made = self._folder(known)
         try:
-            made, value = self._put(compute(), self._room(known))
+            document, value = self._put(compute(), made)
+            _state(made, document)
         except OSError:  # no room there; what is not kept is computed all the same
-            made, value = self._put(compute(), self.scratch)
+            shutil.rmtree(made, ignore_errors=True)
+            return self._put(compute(), Path(tempfile.mkdtemp(dir=self.scratch)))[1]
         if made.parent == known.folder and _bytes_below(known.folder) <= known.most_bytes:
             with contextlib.suppress(OSError):  # another worker was faster, and its answer is the same
                 made.rename(place)
+                known._sound |= {file: _seen(file) for file in place.glob("*.npy")}
                 value = self._read(place, known)
         return value
 
@@ -145,23 +149,16 @@ class Answers:
             for folder in self.known.folder.glob(f"{self._mark}*"):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _room(self, known: KnownBase) -> Path:
+    def _folder(self, known: KnownBase) -> Path:
+        """A new one where answers are kept; in the scratch where nothing can be written there."""
         try:
             known.folder.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix=self._mark, dir=known.folder))
         except OSError:
-            return self.scratch
-        return known.folder if os.access(known.folder, os.W_OK) else self.scratch
+            return Path(tempfile.mkdtemp(dir=self.scratch))
 
-    def _put(self, value: Any, parent: Path) -> tuple[Path, Any]:
-        """(folder, the value with its tensors there)."""
-        folder = Path(tempfile.mkdtemp(prefix=self._mark, dir=parent))
-        try:
-            return folder, self._put_into(folder, value)
-        except OSError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-    def _put_into(self, folder: Path, value: Any) -> Any:
+    def _put(self, value: Any, folder: Path) -> tuple[Any, Any]:
+        """(the value as a document, the value itself with its tensors in the folder)."""
         files: list[Path] = []
 
         def put(tensor: torch.Tensor) -> int:
@@ -169,24 +166,31 @@ class Answers:
             return len(files) - 1
 
         document = plain_values.packed(value, put)
-        stated = {"value": document, "files": {f.name: sha256(f) for f in files}}
-        (folder / _VALUE).write_text(json.dumps(stated), encoding="utf-8")
-        return plain_values.unpacked(document, files.__getitem__, Shelf)
+        return document, plain_values.unpacked(document, files.__getitem__, Shelf)
 
     def _read(self, place: Path, known: KnownBase) -> Any:
         try:
             stated = json.loads((place / _VALUE).read_text(encoding="utf-8"))
             files = [place / name for name in stated["files"]]
             for file in files:
-                now = file.stat()
-                seen = now.st_size, now.st_mtime_ns
-                if known._sound.get(file) != seen:
+                if known._sound.get(file) != (seen := _seen(file)):
                     if sha256(file) != stated["files"][file.name]:
                         raise InputError("the answers were changed", where=file)
                     known._sound[file] = seen
             return plain_values.unpacked(stated["value"], files.__getitem__, Shelf)
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise InputError("the answers are damaged", where=place) from error
+
+
+def _seen(file: Path) -> tuple[int, int]:
+    now = file.stat()
+    return now.st_size, now.st_mtime_ns
+
+
+def _state(folder: Path, document: Any) -> None:
+    """Write down what an answer is, and the hashes of its tensors."""
+    files = {f.name: sha256(f) for f in sorted(folder.iterdir(), key=lambda f: int(f.stem))}
+    (folder / _VALUE).write_text(json.dumps({"value": document, "files": files}), encoding="utf-8")
 
 
 def materialized(value: Any) -> Any:

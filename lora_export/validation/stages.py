@@ -16,7 +16,7 @@ from lora_export.contracts import (
     ValidationResult,
 )
 from lora_export.errors import InputError
-from lora_export.storage.memory import freed
+from lora_export.storage.memory import freed, reusing
 from lora_export.storage.sealed import read_json
 from lora_export.validation import kinds
 from lora_export.validation.comparing import sentence
@@ -90,6 +90,7 @@ class Models:
 
 def result_of(task: Validation) -> ValidationResult:
     """Load both models, compare outputs, tensors and files, then the bases, then the graphs."""
+    reusing()
     answers = Answers(task.scratch, task.progress, task.known)
     try:
         return _result_of(task, answers)

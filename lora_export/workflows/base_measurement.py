@@ -9,6 +9,7 @@ from lora_export.choices import Provider
 from lora_export.contracts import AdapterChoice, BenchmarkOptions, BenchmarkResult, Report, Source, StoryOptions
 from lora_export.contracts.option import kept
 from lora_export.storage.documents import as_json
+from lora_export.wording import VERDICTS
 
 
 def write_measurement(
@@ -48,7 +49,8 @@ def claim_of(report: Report) -> str:
     machine = environment.cpu or "a CPU without a name"
     gpus = ", ".join(g.name for g in environment.gpus if g.name)
     where = f"{gpus} with {machine}" if gpus and report.benchmark.provider != "cpu" else machine
-    return f"measured once for this graph, with the adapter {names}, at {report.created}, on {where}"
+    said = VERDICTS[report.benchmark.verdict]
+    return f"{said}, measured once for this graph, with the adapter {names}, at {report.created}, on {where}"
 
 
 def conditions(options: BenchmarkOptions, provider: Provider) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def test_mlflow_on_a_gpu_continues_the_same_text(
     config = model_of(folder)["flavors"]["python_function"]["config"]
     played()
     model = _load_pyfunc(str(folder), config | {"providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]})
-    assert [part.device for part in vars(model).values() if isinstance(part, Graph)] == ["cuda"]
+    assert [part.device for part in vars(model.model).values() if isinstance(part, Graph)] == ["cuda"]
     assert model.predict(PROMPT, {"max_tokens": 8}) == loaded(folder).predict(PROMPT, {"max_tokens": 8})
 
 

@@ -103,9 +103,19 @@ def _into_engines(isolated: Any) -> None:
     isolated._environment = with_stand_in(isolated._environment)
 
 
+def _card(torch: Any) -> None:
+    """The card of `merge --device cuda`; other commands would ask it for more than is played."""
+    if "--device" not in sys.argv:
+        return
+    to = torch.Tensor.to
+    torch.cuda.is_available = lambda: True
+    torch.Tensor.to = lambda self, *to_what, **how: to(self, *("cpu" if w == "cuda" else w for w in to_what), **how)
+
+
 _AFTER: Mapping[str, Callable[[Any], None]] = {
     "onnxruntime": lambda module: install(Faults(**json.loads(os.environ[VARIABLE]))),
     "lora_export.onnx_export.engines.isolated": _into_engines,
+    "torch": _card,
 }
 
 

@@ -57,7 +57,7 @@ def test_steps_need_what_is_made_and_all_of_it_is_needed(
 ) -> None:
     made = plan(suite, tmp_path, provider, sizes)
     everything, used = made.everything_made(), set[str]()
-    waiting = [name for step in made.steps() for name in step.needs]
+    waiting = [name for step in made.steps() for name in (*step.needs, *step.extra)]
     while waiting:
         name = waiting.pop()
         if name not in used:
@@ -115,13 +115,34 @@ def test_suite_tells_a_failure_and_goes_on(suite: ModuleType, tmp_path: Path) ->
     broken = suite.Made("broken", 1, (writing(tmp_path / "x", status=1),))
     needs = suite.Step("needs", "", 1, (writing(made.result("needs") / "result.json"),), ("broken",))
     slower = suite.Step("slower", "", 1, (writing(tmp_path / "results/slower.failed/report.json", status=3),))
+    failed = suite.Step("failed", "", 1, (writing(made.result("failed") / "result.json", status=1),))
     runs = suite.Suite(made, None, True)
     runs.made = {"broken": broken}
-    runs.run([needs, slower])
-    assert runs.missed == {"needs": "broken failed with status 1: told"}
+    runs.run([needs, slower, failed])
+    assert runs.missed == {
+        k: f"{v} failed with status 1: told" for k, v in {"needs": "broken", "failed": "failed"}.items()
+    }
+    assert suite.result_of(made, failed) is None and (made.results / "failed.broken" / "result.json").is_file()
     assert suite.result_of(made, slower) == tmp_path / "results" / "slower.failed"
     step = json.loads((tmp_path / "results" / "slower.failed" / "step.json").read_text())
     assert step["stand_in"] == "CUDA was played by the CPU: no figure here is one of a GPU"
+
+
+def test_suite_goes_without_an_arm_that_cannot_be_made(suite: ModuleType, tmp_path: Path) -> None:
+    made = plan(suite, tmp_path)
+    made.results.mkdir()
+    runs = suite.Suite(made, None, False)
+    runs.made = {
+        "bad": suite.Made("bad", 1, (writing(tmp_path / "x", status=1),)),
+        "good": suite.Made("good", 1, (writing(made.at("good") / "y"),)),
+    }
+    write = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.parent.mkdir(); p.write_text(str(sys.argv[2:]))"
+    command = ("-c", write, str(made.result("step") / "result.json"))
+    runs.run([suite.Step("step", "", 1, (command,), (), {"bad": ("--bad",), "good": ("--good", "word")})])
+    assert (made.result("step") / "result.json").read_text() == "['--good', 'word']"
+    assert runs.missed == {} and runs.absent == {"bad": "bad failed with status 1: told"}
+    told = json.loads((made.results / "suite.json").read_text())
+    assert told["absent"] == runs.absent and "bad" not in str(told["seconds"])
 
 
 def test_suite_stops_what_outlasts_the_budget(suite: ModuleType, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lora_export.contracts import Check, Continuation, Perplexity, ValidationResult
 from lora_export.validation.comparing.arithmetic import InTypes
@@ -49,19 +51,28 @@ class DecoderComparison(LogitsComparison):
         self._base_text = self._of_base("text", unmerged, self._on_text)
 
     def _measure_unmerged(self, unmerged: Any) -> None:
-        self._again = (self._from_unmerged(self._outputs(unmerged)),)
+        """The longest prompt once more: threads share the most work there, and may add up in another order."""
+        longest = max(range(len(self.tokens)), key=lambda i: len(self.tokens[i]))
+        at = slice(longest, longest + 1)
+        again = logits(unmerged, self.tokens[at])
+        self._again = (compare_logits(self._unmerged[at], again, self.tokens[at]),)
 
     def _continue(self, unmerged: Any) -> None:
         self._unmerged_text = self._shelf(self._on_text(unmerged))
         self.progress.stage("validate: greedy continuations")
-        drafts = next((run.tokens for run in self._ran.values()), [None] * len(self._prompts))
+        drafts = next((run.tokens for run in self._ran.values()), None) or self._guess(unmerged, self.steps)
         texts = [written(unmerged, ids, self.steps, d) for ids, d in zip(self._prompts, drafts, strict=True)]
         self._continued = [text.tokens for text in texts]
         self._steps = self._shelf(text.logits for text in texts)
         self._written_by_base = self._of_base("greedy texts", unmerged, self._beginnings)
 
     def _beginnings(self, base: Any) -> Iterator[torch.Tensor]:
-        return (greedy(base, ids, self._shown) for ids in self._prompts)
+        drafts = self._guess(base, self._shown)
+        return (written(base, *at).tokens for at in zip(self._prompts, repeat(self._shown), drafts))
+
+    def _guess(self, model: Any, count: int) -> Sequence[torch.Tensor | None]:
+        """Drafts of a model's greedy texts."""
+        return guesses(model, self._prompts, count)
 
     @property
     def _shown(self) -> int:
@@ -134,7 +145,7 @@ class DecoderComparison(LogitsComparison):
         session = self._session(paths, provider)
         answers = self._shelf(session.logits(ids) for ids in self.tokens)
         padded = self._shelf(session.padded_logits(self._padded_tokens(session.equal_rows)))
-        texts = [session.greedy(ids, self.steps) for ids in self._prompts] if greedy else []
+        texts = session.greedy(self._prompts, self.steps) if greedy else []
         low = answers if self._reads_prompts else self._shelf(session.logits(ids) for ids in self.text)
         return DecoderRun(answers, padded, session.equal_rows, texts, low)
 
@@ -287,6 +298,33 @@ def written(
             return Written(draft, followed)
     tokens = greedy(model, ids, count, *([] if draft is None else [draft[:begun]]))
     return Written(tokens, greedy_steps(model, ids, tokens))
+
+
+@torch.inference_mode()
+def guesses(model: Any, prompts: Sequence[torch.Tensor], count: int) -> Sequence[torch.Tensor | None]:
+    """`count` tokens after each prompt (length,), all written in one batch, which reads the weights once for all;
+    None for each where the model cannot.
+
+    The shorter prompts are padded on the left. Not every model takes that as it should: `written` takes these for
+    drafts.
+    """
+    body, longest = plain(model), max(map(len, prompts))
+    if not has_cache(body) or "attention_mask" not in takes(body):
+        return [None] * len(prompts)
+    step = torch.stack([nn.functional.pad(ids, (longest - len(ids), 0)) for ids in prompts])
+    mask = torch.stack([(torch.arange(longest) >= longest - len(ids)).long() for ids in prompts])
+    past, out = None, []
+    try:
+        for _ in range(count):
+            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -step.shape[1] :]
+            given = {"position_ids": positions} if "position_ids" in takes(body) else {}
+            result = body(input_ids=step, attention_mask=mask, past_key_values=past, use_cache=True, **given)
+            past, step = result.past_key_values, result.logits[:, -1:].argmax(-1)
+            mask = torch.cat([mask, torch.ones_like(step)], 1)
+            out.append(step)
+    except _UNUSABLE:
+        return [None] * len(prompts)
+    return list(torch.cat(out, 1))
 
 
 def _agreed(steps: torch.Tensor, draft: torch.Tensor) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 TOP = 5
+PIECE = 512  # neighbours in a row of logits, of which the largest is looked for first
 BLOCK = 8  # positions that are compared at once: their float64 copies stay in the processor's cache
 
 
@@ -97,17 +98,54 @@ class _Rows:
 
 def _rows(a: torch.Tensor, b: torch.Tensor, following: torch.Tensor) -> _Rows:
     wide = a.to(torch.float64, copy=True)  # which is overwritten below
-    p = torch.log_softmax(wide, -1)
-    p_token = p.gather(-1, following[:, None]).squeeze(-1)
+    p_token = wide.gather(-1, following[:, None]).squeeze(-1)
     if torch.equal(a, b) and bool(a.isfinite().all()):  # the same bits: most often one run beside another
+        p_token = p_token - wide.logsumexp(-1)
         nothing = torch.zeros(len(a), dtype=torch.float64)
         return _Rows(0.0, len(a), nothing + 1, nothing, p_token, p_token)
-    q = torch.log_softmax(b.double(), -1)
-    kl = torch.sum(p.exp() * (p - q), -1).clamp_min(0)
-    q_token = q.gather(-1, following[:, None]).squeeze(-1)
-    hits = int((a.argmax(-1) == b.argmax(-1)).sum())
-    apart = float(wide.sub_(b).abs_().max()) if a.numel() else 0.0
-    return _Rows(apart, hits, _shared(a, b), kl, p_token, q_token)
+    other = b.to(torch.float64, copy=True)
+    q_token = other.gather(-1, following[:, None]).squeeze(-1)
+    lost = wide - other
+    p, p_sum = exponentials(wide)
+    # Σ p·(ln p − ln q), of which the sums over all exponentials are the same in every term.
+    kl = torch.linalg.vecdot(p, lost) / p.sum(-1) - p_sum
+    q_sum = exponentials(other)[1]
+    one, two = best(a), best(b)
+    apart = float(lost.abs_().max()) if a.numel() else 0.0
+    shared = (one[:, :, None] == two[:, None, :]).any(-1).double().mean(-1)
+    hits = int((one[:, 0] == two[:, 0]).sum())
+    return _Rows(apart, hits, shared, (kl + q_sum).clamp_min(0), p_token - p_sum, q_token - q_sum)
+
+
+def exponentials(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(e^(x − max x), which takes the place of x; ln Σ e^x) of float64 logits, over the last dimension."""
+    most = wide.amax(-1, keepdim=True)
+    raised = wide.sub_(most).exp_()
+    return raised, raised.sum(-1).log_().add_(most.squeeze(-1))
+
+
+def best(logits: torch.Tensor) -> torch.Tensor:
+    """Indices of the TOP most likely tokens of each position. Of equal ones the first counts as the most likely."""
+    columns = _candidates(logits)
+    found = logits.gather(-1, columns).topk(min(TOP, logits.shape[-1]), -1)
+    indices = columns.gather(-1, found.indices)
+    tied = (found.values[:, :1] == found.values[:, 1:2]).any(-1)
+    if bool(tied.any()):
+        indices[tied, 0] = logits[tied].argmax(-1)
+    return indices
+
+
+def _candidates(logits: torch.Tensor) -> torch.Tensor:
+    """Indices (positions, some) that the TOP largest are among: those of the TOP pieces of a row with the largest
+    maxima, and what is left beside the pieces. To look through whole rows takes several times as long."""
+    count = logits.shape[-1] // PIECE
+    everywhere = torch.arange(logits.shape[-1])
+    if count <= TOP:
+        return everywhere.expand(logits.shape)
+    pieces = logits[:, : count * PIECE].reshape(-1, count, PIECE).amax(-1).topk(TOP, -1).indices
+    inside = (pieces[:, :, None] * PIECE + everywhere[:PIECE]).flatten(1)
+    rest = everywhere[count * PIECE :].expand(len(logits), -1)
+    return torch.cat([inside, rest], 1)
 
 
 def _next(ids: torch.Tensor) -> torch.Tensor:
@@ -118,13 +156,6 @@ def _next(ids: torch.Tensor) -> torch.Tensor:
 def blocks_of(rows: torch.Tensor) -> Sequence[torch.Tensor]:
     """Views of BLOCK rows each."""
     return torch.split(rows, BLOCK) if len(rows) else (rows,)
-
-
-def _shared(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """For each position the share of a's most likely tokens that are among b's."""
-    count = min(TOP, a.shape[-1])
-    one, other = (x.topk(count, -1).indices for x in (a, b))
-    return (one[:, :, None] == other[:, None, :]).any(-1).double().mean(-1)
 
 
 def max_abs(a: torch.Tensor, b: torch.Tensor) -> float:

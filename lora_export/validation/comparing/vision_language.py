@@ -1,6 +1,6 @@
 """How a model that reads pictures among its tokens is compared: as a decoder, given the pictures of each text."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,6 +64,10 @@ class VisionLanguageComparison(DecoderComparison):
     def _outputs(self, model: Any, first: int | None = None) -> Iterator[torch.Tensor]:
         see(plain(model), self.pictures)
         return super()._outputs(model, first)
+
+    def _guess(self, model: Any, count: int) -> Sequence[torch.Tensor | None]:
+        """None: the pictures of several texts are not put into one batch."""
+        return [None] * len(self._prompts)
 
     def _session(self, paths: tuple[Path, ...], provider: str) -> Any:
         return OnnxVisionLanguage(paths, provider, self.pictures)

@@ -45,14 +45,21 @@ def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(logits.double().nan_to_num_(nan=-1e4, posinf=1e4, neginf=-1e4), -1)
 
 
-def divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p‖q) in nats at each position, (length,); p, q: log-probabilities (length, vocabulary)."""
-    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
+def divergence(p: torch.Tensor, q: torch.Tensor, likely: torch.Tensor | None = None) -> torch.Tensor:
+    """KL(p‖q) in nats at each position, (length,); p, q: log-probabilities (length, vocabulary); likely: e^p, where
+    it is known."""
+    return ((p.exp() if likely is None else likely) * (p - q)).sum(-1).clamp_min(0)
 
 
 def of_next(p: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
     """The log-probability of the token that follows each position, (length,); p: (length, vocabulary)."""
     return p.gather(-1, following[:, None])[:, 0]
+
+
+def _likelihood(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    """What `of_next` gives of logits (length, vocabulary), without the log-probabilities of all other tokens."""
+    wide = logits.double()
+    return of_next(wide, following) - wide.logsumexp(-1)
 
 
 def surprise(of_tokens: Sequence[torch.Tensor]) -> float:
@@ -72,7 +79,7 @@ def perplexity_of(name: str, logits: Iterable[torch.Tensor], windows: Sequence[t
     total = 0.0
     for whole, ids in zip(logits, windows, strict=True):
         at = zip(blocks_of(whole), _following(ids), strict=True)
-        total += surprise([of_next(torch.log_softmax(rows.double(), -1), following) for rows, following in at])
+        total += surprise([_likelihood(rows, following) for rows, following in at])
     return as_perplexity(name, total, predicted(windows))
 
 
@@ -253,13 +260,14 @@ class _Rows:
     @classmethod
     def of(cls, following: torch.Tensor, *logits: torch.Tensor) -> "_Rows":
         b, m, bq, q = (log_probabilities(x) for x in logits)
-        change = m.exp() - b.exp()
+        of_base, of_merged = b.exp(), m.exp()
+        change = of_merged - of_base
         return cls(
             (change * (m - b)).sum(-1),
             (change * (q - bq)).sum(-1),
-            divergence(b, m),
-            divergence(m, q),
-            divergence(b, bq),
+            divergence(b, m, of_base),
+            divergence(m, q, of_merged),
+            divergence(b, bq, of_base),
             [of_next(p, following) for p in (b, m, bq, q)],
         )
 

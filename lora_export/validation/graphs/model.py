@@ -53,14 +53,20 @@ class GraphModel:
         said = [] if self.stated is None else [self.stated.check(f"{prefix}quantization_errors")]
         return [self.check(f"{prefix}weight_errors", of), *said]
 
-    def judge(self, held: Held, wanted: torch.Tensor | None, stored: Mapping[str, torch.dtype] | None) -> None:
-        """wanted: what the piece should be, None if unknown; stored: as in `judged`."""
+    def judge(
+        self,
+        held: Held,
+        wanted: torch.Tensor | None,
+        stored: Mapping[str, torch.dtype] | None,
+        same: bool = False,
+    ) -> None:
+        """wanted: what the piece should be, None if unknown; stored, same: as in `judged`."""
         found = None
         if wanted is None:
             self.unchecked.append(held.tensor)
         else:
             self.checked += 1
-            error, found = judged(held, wanted, stored, self.moments)
+            error, found = judged(held, wanted, stored, self.moments, same)
             if not error <= 1:
                 self.wrong.append(held.tensor)
         if self.stated is not None and held.quantized is not None:
@@ -104,8 +110,8 @@ def graph_model(
         if looked:
             pieces = Pieces(shapes)
             for held in graph_weights.read(graphs, shapes):
-                pieces.add(held, wanted := expected(held))
-                checked_model.judge(held, wanted, stored)
+                wanted = expected(held)
+                checked_model.judge(held, wanted, stored, pieces.add(held, wanted))
             if pieces.all_same and not weight_files(merged) and _same_settings(unmerged, merged):
                 checked_model.same = True
                 yield checked_model
@@ -170,14 +176,12 @@ class Pieces:
     _rows: dict[str, dict[int, int]] = field(default_factory=dict)
     _differing: bool = False
 
-    def add(self, held: Held, wanted: torch.Tensor | None) -> None:
-        if (
-            wanted is None
-            or wanted.shape != held.values.shape
-            or not torch.equal(*map(_bits, (held.values, wanted)))
-        ):
-            self._differing = True
+    def add(self, held: Held, wanted: torch.Tensor | None) -> bool:
+        """Whether this piece is what it should be."""
+        same = wanted is not None and wanted.shape == held.values.shape and _same_bits(held.values, wanted)
+        self._differing |= not same
         self._rows.setdefault(held.tensor, {})[held.start] = held.stop - held.start
+        return same
 
     @property
     def all_same(self) -> bool:
@@ -187,8 +191,8 @@ class Pieces:
         )
 
 
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.contiguous().view(torch.int32)
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(*(values.contiguous().view(torch.int32) for values in (one, other)))
 
 
 class Writer:

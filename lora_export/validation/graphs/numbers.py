@@ -69,7 +69,7 @@ def base_numbers(unmerged: Any) -> Expected:
         with streaming.present(parameter):
             rows = parameter.data if not parameter.dim() else parameter.data[held.start : held.stop]
             fits = rows.numel() == held.values.numel()
-            return rows.float().reshape(held.values.shape).clone() if fits else None
+            return rows.float().reshape(held.values.shape) if fits else None
 
     return read
 
@@ -122,15 +122,21 @@ def _effective_weight(module: Any) -> torch.Tensor:
 
 
 def judged(
-    held: Held, wanted: torch.Tensor, stored: Mapping[str, torch.dtype] | None, moments: Moments | None
+    held: Held,
+    wanted: torch.Tensor,
+    stored: Mapping[str, torch.dtype] | None,
+    moments: Moments | None,
+    same: bool = False,
 ) -> tuple[float, Callable[[], Sums] | None]:
     """How far a piece is from `wanted`, relative to what is allowed (above 1, or NaN, is a fault), and of a
     quantized one what it loses, computed when it is asked for.
 
     stored: None if the graph was made of exactly the `wanted` values, else the types that they were first rounded
-    to; moments: of the calibration texts, None without any.
+    to; moments: of the calibration texts, None without any; same: the piece is `wanted`, bit for bit.
     """
     if held.quantized is None:
+        if same and not held.plus and is_finite(wanted):
+            return 0.0, None
         error = _cast_error(held, wanted) if stored is None else _rounding_error(held, wanted, _type(held, stored))
         return error, None
     how = held.quantized
@@ -146,6 +152,11 @@ def judged(
         error = searched_error(values, exact, how, held.dtype, narrow)
     fits = moment is None or len(moment) == exact.shape[1]
     return error, partial(sums, values, exact, moment if fits else None)
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Without a copy of as many truth values."""
+    return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
 def _type(held: Held, stored: Mapping[str, torch.dtype]) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Exported graphs in ONNX Runtime, run as in a user's program, on PyTorch tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,16 @@ class OnnxDecoder:
         rows = [x[longest - len(t) :] if left else x[: len(t)] for x, t in zip(first, prompts, strict=True)]
         return [torch.cat(parts) for parts in zip(rows, step, strict=True)]
 
-    def greedy(self, ids: torch.Tensor, count: int) -> torch.Tensor:
-        """`count` greedy tokens after the prompt, one at a time, shape (count,)."""
-        return _greedy(self._decoder, ids[None], State(), count)[0]
+    def greedy(self, prompts: Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
+        """`count` greedy tokens after each prompt, one at a time, shape (count,).
+
+        The first prompt is alone; of the others those of one length are rows of a batch.
+        """
+        texts: dict[int, torch.Tensor] = {}
+        for together in ([0], *_of_one_length(prompts, range(1, len(prompts)))):
+            rows = _greedy(self._decoder, torch.stack([prompts[at] for at in together]), State(), count)
+            texts.update(zip(together, rows, strict=True))
+        return [texts[at] for at in range(len(prompts))]
 
 
 class OnnxSeq2Seq:
@@ -106,6 +113,14 @@ class OnnxEncoder:
     def _answer(self, batch: Mapping[str, Any]) -> dict[str, Array]:
         given = {name: value.numpy() for name, value in batch.items() if isinstance(value, torch.Tensor)}
         return self._run.arrays(completed(self._run.signature, given))
+
+
+def _of_one_length(prompts: Sequence[torch.Tensor], which: Iterable[int]) -> Iterable[list[int]]:
+    """Indices of prompts, those that are equally long together."""
+    groups: dict[int, list[int]] = {}
+    for at in which:
+        groups.setdefault(len(prompts[at]), []).append(at)
+    return groups.values()
 
 
 def _step(decoder: Decoder, ids: torch.Tensor, state: State, **given: torch.Tensor) -> tuple[torch.Tensor, State]:

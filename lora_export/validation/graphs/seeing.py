@@ -46,8 +46,11 @@ class OnnxVisionLanguage:
         last, _ = self._step(rows[:, -1:], positions[..., -1:], state, mask)
         return [torch.cat([a[n:], b]) for a, b, n in zip(first, last, left, strict=True)]
 
-    def greedy(self, ids: torch.Tensor, count: int) -> torch.Tensor:
-        """`count` greedy tokens after the prompt, one at a time, shape (count,)."""
+    def greedy(self, prompts: Sequence[torch.Tensor], count: int) -> list[torch.Tensor]:
+        """`count` greedy tokens after each prompt, one at a time, shape (count,)."""
+        return [self._continued(ids, count) for ids in prompts]
+
+    def _continued(self, ids: torch.Tensor, count: int) -> torch.Tensor:
         rows, positions = self._read(ids)
         logits, state = self._step(rows, positions, State())
         out = []

@@ -131,7 +131,7 @@ class _Initializers:
         if math.prod(shape) == 0:
             return np.zeros(shape, wanted)
         try:
-            return np.memmap(self.folder / file, wanted, "r", tensor.offset or 0, shape or (1,))
+            return np.memmap(self.folder / file, wanted, "c", tensor.offset or 0, shape or (1,))
         except (OSError, ValueError) as error:
             raise _odd(self.folder, entry, f"data that cannot be read ({error})") from None
 
@@ -238,7 +238,7 @@ def _unpacked(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _fp32(values: Any) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values).astype(np.float32))
+    return torch.from_numpy(np.require(values, np.float32, ["C", "A", "W"]))
 
 
 def _odd(folder: Path, entry: Mapping[str, Any], what: str) -> ExportError:

@@ -6,7 +6,7 @@ All in float64, one module at a time.
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,16 +32,20 @@ def wrapped_modules(model: nn.Module) -> dict[str, Any]:
     """Path → the outermost PEFT wrapper there. Paths are those of the plain model."""
     wrappers: dict[str, Any] = {}
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{path}.") for path in wrappers)
-        if not inside and isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not is_below(name, wrappers):
             wrappers[name] = module
     return wrappers
+
+
+def is_below(name: str, paths: Container[str]) -> bool:
+    """Whether a module or parameter lies inside one of these modules."""
+    return any(name[:at] in paths for at, letter in enumerate(name) if letter == ".")
 
 
 def plain_parameters(model: nn.Module, wrapped: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters that no adapter kind computes: those outside all wrappers, and modules that were saved whole."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not any(name.startswith(f"{path}.") for path in wrapped):
+        if not is_below(name, wrapped):
             yield name, parameter
     for path, module in wrapped.items():
         saved = saved_whole(module)
@@ -64,7 +68,7 @@ def plain_buffers(model: nn.Module, wrapped: dict[str, Any]) -> Iterator[tuple[s
     """Buffers that belong to the stored model, a batch normalization's running variance for one: nothing trains
     them but modules that were saved whole."""
     for path, module in model.named_modules():
-        if not any(path == w or path.startswith(f"{w}.") for w in wrapped):
+        if path not in wrapped and not is_below(path, wrapped):
             yield from _stored_buffers(path, module)
     for path, wrapper in wrapped.items():
         inside = saved_whole(wrapper) or base_layer(wrapper)

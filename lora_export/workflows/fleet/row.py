@@ -100,7 +100,7 @@ def make_row(task: Task, store: Store, node: Path, clock: Clock) -> RowOutcome:
 def _told(given: Given, run: Path, shared: "SharedBase | None", clock: Clock) -> Story:
     from lora_export.pipeline import merge_and_export
 
-    return merge_and_export(given.base, given.adapters, run, given.options, clock, shared)
+    return merge_and_export(given.base, given.adapters, run, given.options, clock, shared, side_by_side=False)
 
 
 # --- inputs --------------------------------------------------------------------------------------------------
@@ -265,6 +265,7 @@ def figures_of(story: Story | Report) -> RowFigures:
         delta_survival=float(kept) if kept is not None else None,
         kl=max(lost, default=None),
         ratio=max(ratios, default=None),
+        verdict=measured.verdict if measured else None,
         checks=len(checked.checks) if checked else 0,
         failed=sum(not c.passed for c in checked.checks) if checked else 0,
     )

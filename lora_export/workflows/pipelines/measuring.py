@@ -100,8 +100,7 @@ def measure(
 ) -> BenchmarkResult:
     """Compare the graphs of all parts, and time the denoiser's step. base, merged: exported pipelines.
 
-    side: of the latent that they were made for; pytorch: further arms, which PyTorch runs: what loads the denoiser's
-    module.
+    side: of the latent that they were made for; pytorch: further arms, which PyTorch runs: what loads their module.
     """
     from lora_export.benchmarking import run
 
