@@ -1,4 +1,4 @@
-"""The distance of the numbers of a type, against what frexp gives, and numbers where float64 gives zero."""
+"""The distance of the numbers of a type, against exponents that frexp gives, and numbers where zero is exact."""
 
 from types import SimpleNamespace
 from typing import Any
