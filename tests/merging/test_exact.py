@@ -1,4 +1,4 @@
-"""The distance of the numbers of a type, against exponents that frexp gives, and numbers where an exact one is zero."""
+"""The distance of the numbers of a type, against exponents that frexp gives, and numbers where zero is exact."""
 
 from types import SimpleNamespace
 from typing import Any
