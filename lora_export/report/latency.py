@@ -237,7 +237,7 @@ def method(bench: BenchmarkResult) -> list[str]:
         (
             "They were timed in blocks of one call an arm, each second block in the reverse order of the one before"
             if bench.ended_early
-            else "They were timed in blocks. Each block runs the arms in a random order and then in the reverse order"
+            else "They were timed in blocks. Each block runs the arms in a random order and then in its reverse"
         )
         + ", so that drift and background load affect all arms alike"
         + ("; PyTorch runs last in each block, because its threads keep spinning." if "pytorch" in arms else "."),
