@@ -1,11 +1,9 @@
 """Merging: the one place where base, adapters and quantization meet."""
 
-import contextlib
-import gc
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -41,6 +39,7 @@ from lora_export.meta_model import parameter_names
 from lora_export.progress import Silent
 from lora_export.storage.disk import check_space
 from lora_export.storage.files import output_folder
+from lora_export.storage.memory import importing
 from lora_export.storage.sealed import write_sealed
 from lora_export.storage.workers import Job
 
@@ -240,7 +239,7 @@ def end_stream(source: MergedSource, certificate: Path, seconds: float, progress
 
 def prepare(device: str) -> None:
     """Import torch, which takes a second that is no part of the merge. RuntimeUnavailable without the device."""
-    with _without_collections():
+    with importing("torch"):
         import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -249,24 +248,6 @@ def prepare(device: str) -> None:
             expected="a GPU, its driver, and a torch built for CUDA",
             next_step="--device cpu; `lora-export env` shows what works here",
         )
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """No search for garbage among the half a million lasting objects that an import of torch makes.
-
-    It would take a quarter of the import, and a part of the merge.
-    """
-    if "torch" in sys.modules or not gc.isenabled():
-        yield
-        return
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _judge(planned: MergePlan, survival: float | None) -> list[str]:

@@ -210,14 +210,16 @@ def _write(path: Path, text: str) -> None:
 
 def json_text(value: Mapping[str, Any]) -> str:
     """The text of a JSON document of this tool, the same for the same document; "nan" and "inf" are words."""
-    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    import msgspec
+
+    text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False)
     if not is_text(text):
         raise InputError(
             "a name is not valid UTF-8, and JSON cannot hold it",
             expected="files and folders with names in UTF-8",
             next_step="rename the files in the input folders",
         )
-    return text
+    return msgspec.json.format(text, indent=2) + "\n"  # json's own indent is written by Python's loops, slowly
 
 
 def write_settings(path: Path, value: Mapping[str, Any]) -> None:

@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_export.contracts import AdapterChoice, ExportedPair, Progress, ValidationOptions, ValidationResult
+from lora_export.storage.memory import importing
 
 if TYPE_CHECKING:
     from lora_export.validation.known import KnownBase
     from lora_export.validation.stages import Validation
+
+
+def prepare() -> None:
+    """Import what a validation needs, which takes seconds: torch, transformers and PEFT."""
+    with importing("peft"):
+        from lora_export.validation import stages  # noqa: F401
 
 
 def validate(

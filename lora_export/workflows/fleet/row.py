@@ -100,7 +100,7 @@ def make_row(task: Task, store: Store, node: Path, clock: Clock) -> RowOutcome:
 def _told(given: Given, run: Path, shared: "SharedBase | None", clock: Clock) -> Story:
     from lora_export.pipeline import merge_and_export
 
-    return merge_and_export(given.base, given.adapters, run, given.options, clock, shared)
+    return merge_and_export(given.base, given.adapters, run, given.options, clock, shared, side_by_side=False)
 
 
 # --- inputs --------------------------------------------------------------------------------------------------
