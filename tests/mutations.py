@@ -145,13 +145,14 @@ MUTATIONS = (
     ),
     Mutation(
         "top-5 is asked of the other model twice", "validation/comparing/logits.py",
-        "one, other = (x.topk(count, -1).indices for x in (a, b))",
-        "one, other = (x.topk(count, -1).indices for x in (b, b))",
+        "one, two = best(a), best(b)",
+        "one, two = best(b), best(b)",
         f"{CERTIFICATE}::test_compare_logits_matches_definition",
     ),
     Mutation(
         "KL is taken the other way round", "validation/comparing/logits.py",
-        "torch.sum(p.exp() * (p - q), -1)", "torch.sum(q.exp() * (q - p), -1)",
+        "kl = torch.linalg.vecdot(p, lost) / p.sum(-1) - p_sum",
+        "kl = torch.linalg.vecdot(torch.softmax(other, -1), -lost) + p_sum - 2 * exponentials(other.clone())[1]",
         f"{CERTIFICATE}::test_compare_logits_matches_definition",
     ),
     Mutation(

@@ -49,7 +49,8 @@ class Forked:
         return self._status
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
 
     def _number(self) -> int:
         told = self._told.recv(4)

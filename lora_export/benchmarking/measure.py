@@ -200,7 +200,7 @@ def warm_up(
 ) -> tuple[dict[str, float], bool]:
     """Run the arms in turns until two windows in a row agree within the margin; medians of the last window.
 
-    At least one window, whatever the deadline: the first calls allocate and tune.
+    At least one round, whatever the deadline: the first calls allocate and tune.
     """
     history: dict[str, list[float]] = {name: [] for name in arms}
     medians: dict[str, float] = {}
@@ -208,12 +208,13 @@ def warm_up(
         for i in rng.permutation(len(arms)):
             name = list(arms)[i]
             history[name].append(arms[name]())
-        if round_number % _WARM_UP_WINDOW:
+        late = clock() >= deadline
+        if round_number % _WARM_UP_WINDOW and not late:
             continue
         before, medians = medians, {n: float(np.median(h[-_WARM_UP_WINDOW:])) for n, h in history.items()}
         if before and all(abs(medians[n] / before[n] - 1) <= margin for n in arms):
             return medians, True
-        if clock() >= deadline:
+        if late:
             break
     return medians, False
 

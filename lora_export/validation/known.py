@@ -107,7 +107,8 @@ class Answers:
         """
         known = self.known
         if known is None or not self.trusted:
-            return self._put(compute(), Path(tempfile.mkdtemp(dir=self.scratch)))[1]
+            value: Value = self._put(compute(), Path(tempfile.mkdtemp(dir=self.scratch)))[1]
+            return value
         place = known.folder / digest({"what": what, "inputs": inputs, **self.depends})
         if place.is_dir():
             with contextlib.suppress(InputError):
@@ -156,7 +157,7 @@ class Answers:
         except OSError:
             return Path(tempfile.mkdtemp(dir=self.scratch))
 
-    def _put(self, value: Value, folder: Path) -> tuple[Any, Value]:
+    def _put(self, value: Any, folder: Path) -> tuple[Any, Any]:
         """(the value as a document, the value itself with its tensors in the folder)."""
         files: list[Path] = []
 

@@ -98,13 +98,14 @@ def keep_measured(shared: SharedBase, base: ExportResult, merged: ExportResult, 
 
 def measured_before(shared: SharedBase, exported: ExportResult) -> BenchmarkResult | None:
     """The measurement of the base's graph, if that is this export's graph, too; None where it is not, or where
-    nothing was measured. A note says exactly what is claimed."""
-    if shared.measured is None or shared.export is None:
+    nothing was measured. A note says exactly what is claimed. One that was slower is no other adapter's: its graph
+    was not why."""
+    if shared.measured is None or shared.export is None or shared.measured.verdict == "slower":
         return None
     hashes = same_graph(shared.export, exported)
     if not hashes:
         return None
-    if shared.measured.graph_identical and not _same_work(shared, exported, shared.measured.provider):
+    if shared.measured.graph_identical and not _same_work(shared.export, exported, shared.measured.provider):
         return None
     files = ", ".join(f"{name} {digest}" for name, digest in zip(exported.graphs, hashes, strict=True))
     whose = "whose graph is the same file" if len(hashes) == 1 else "whose graphs are the same files"
@@ -112,14 +113,12 @@ def measured_before(shared: SharedBase, exported: ExportResult) -> BenchmarkResu
     return replace(shared.measured, notes=(*shared.measured.notes, note))
 
 
-def _same_work(shared: SharedBase, exported: ExportResult, provider: str) -> bool:
+def _same_work(base: ExportResult, exported: ExportResult, provider: str) -> bool:
     """Whether ONNX Runtime makes one graph of equal files, whose constants may lie in data files that differ."""
     from lora_export.onnx_export.graphs.identity import compare, one_stored
 
-    pairs = zip(shared.export.paths, exported.paths, strict=True)
-    return (
-        all(one_stored(*pair) for pair in pairs) or compare(shared.export.paths, exported.paths, provider).identical
-    )
+    pairs = list(zip(base.paths, exported.paths, strict=True))
+    return all(one_stored(*pair) for pair in pairs) or compare(base.paths, exported.paths, provider).identical
 
 
 def stand_in_once(

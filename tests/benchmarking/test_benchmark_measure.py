@@ -71,6 +71,12 @@ def test_warm_up_stops_at_time_limit() -> None:
     assert len(clock.called) < 10
 
 
+def test_warm_up_of_long_calls_is_one_round() -> None:
+    clock = Clock()
+    medians, settled = warm_up({n: clock.arm(n, lambda i: 9000.0) for n in "ab"}, 0.01, 5.0, rng(), clock)
+    assert sorted(clock.called) == ["a", "b"] and medians == {"a": 9000.0, "b": 9000.0} and not settled
+
+
 def noisy(clock: Clock, sigma: float) -> dict[str, Callable[[], float]]:
     dice = np.random.default_rng(7)
     return {name: clock.arm(name, lambda i: float(20 * np.exp(dice.normal(0, sigma)))) for name in ("x", "y")}

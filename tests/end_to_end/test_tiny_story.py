@@ -23,7 +23,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def story(inputs: tuple[Path, Path], run_here: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     base, adapter = inputs
     out = tmp_path_factory.mktemp("out") / "run"
-    words = ["--provider", "cpu", "--max-time", "6s", "--prompt-length", 8, "--margin", "50%"]
+    words = ["--provider", "cpu", "--max-time", "3s", "--prompt-length", 8, "--margin", "50%"]
     arms = ["--arm", "plugged", "--arm", "pytorch"]
     code, document, talk = run_here("merge-and-export", "-b", base, "-a", adapter, "-o", out, *words, *arms)
     assert code == 0, talk

@@ -30,8 +30,6 @@ _SUMS = frozenset(
         "linalg_vector_norm", "rsqrt", "pow", "exp",
     )
 )  # fmt: skip
-_PRODUCTS = frozenset((torch.ops.aten.mm, torch.ops.aten.addmm))
-WIDE = 2**18  # elements of a matrix whose float64 copy stays in the processor's cache
 EIGHT_BITS = 127.0  # the largest of the numbers that a scale is shared by
 
 
@@ -109,23 +107,8 @@ class _Double(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if not any(isinstance(a, torch.Tensor) and a.dtype == torch.float32 for a in args):
             return func(*args, **kwargs)
-        if func.overloadpacket in _PRODUCTS and args[-1].numel() > WIDE and not kwargs:
-            return _by_columns(func, args)
         wide = tree_map(_widened, (args, kwargs))
         return tree_map(_narrowed, func(*wide[0], **wide[1]))
-
-
-def _by_columns(func: Any, args: tuple[Any, ...]) -> torch.Tensor:
-    """mm(x, matrix) or addmm(bias, x, matrix), some columns at a time: a float64 copy of the whole matrix would
-    have to be written to memory and read again for every text."""
-    *bias, left, matrix = args
-    wide, made = left.double(), torch.empty(len(left), matrix.shape[1])
-    step = max(1, WIDE // len(matrix))
-    for start in range(0, matrix.shape[1], step):
-        at = slice(start, start + step)
-        more = [_widened(b if b.numel() == 1 else b[..., at]) for b in bias]
-        made[:, at] = func(*more, wide, matrix[:, at].double())
-    return made
 
 
 def _widened(value: Any) -> Any:

@@ -91,9 +91,8 @@ class Comparison(ABC, Generic[Output, Apart]):
             self._know_base(unmerged)
             self._unmerged = self._shelf(self._outputs(unmerged))
         self._measure_unmerged(unmerged)
-        self._rounding = tuple(
-            draws(unmerged, self.dtypes, lambda: self._apart(self._unmerged, self._outputs(unmerged)))
-        )
+        rounded = partial(self._under_errors, unmerged)
+        self._rounding = tuple(draws(unmerged, self.dtypes, lambda: self._apart(self._unmerged, rounded())))
         self._sums = (self._draw(unmerged, Arithmetic()),)
         self._continue(unmerged)
 
@@ -208,6 +207,10 @@ class Comparison(ABC, Generic[Output, Apart]):
     @abstractmethod
     def _outputs(self, model: Any, first: int | None = None) -> Iterable[Output]:
         """What a PyTorch model answers, in fp32, one input after another. first: so many of them (None: all)."""
+
+    def _under_errors(self, unmerged: Any) -> Iterable[Output]:
+        """What the unmerged model answers while its weights have one draw's rounding errors."""
+        return self._outputs(unmerged)
 
     @abstractmethod
     def _apart(self, reference: Iterable[Output], other: Iterable[Output]) -> Apart: ...

@@ -142,7 +142,7 @@ def _candidates(logits: torch.Tensor) -> torch.Tensor:
     everywhere = torch.arange(logits.shape[-1])
     if count <= TOP:
         return everywhere.expand(logits.shape)
-    pieces = logits[:, : count * PIECE].unflatten(-1, (count, PIECE)).amax(-1).topk(TOP, -1).indices
+    pieces = logits[:, : count * PIECE].reshape(-1, count, PIECE).amax(-1).topk(TOP, -1).indices
     inside = (pieces[:, :, None] * PIECE + everywhere[:PIECE]).flatten(1)
     rest = everywhere[count * PIECE :].expand(len(logits), -1)
     return torch.cat([inside, rest], 1)

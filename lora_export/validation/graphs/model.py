@@ -178,8 +178,7 @@ class Pieces:
 
     def add(self, held: Held, wanted: torch.Tensor | None) -> bool:
         """Whether this piece is what it should be."""
-        fits = wanted is not None and wanted.shape == held.values.shape
-        same = fits and torch.equal(*map(_bits, (held.values, wanted)))
+        same = wanted is not None and wanted.shape == held.values.shape and _same_bits(held.values, wanted)
         self._differing |= not same
         self._rows.setdefault(held.tensor, {})[held.start] = held.stop - held.start
         return same
@@ -192,8 +191,8 @@ class Pieces:
         )
 
 
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.contiguous().view(torch.int32)
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(*(values.contiguous().view(torch.int32) for values in (one, other)))
 
 
 class Writer:
