@@ -30,7 +30,7 @@ CHARACTERS = 5000  # of each message that is read
 def run_story(base: Path, adapter: str, out: Path, extra: list[str]) -> int:
     """Run the command that a user would type, and print it first."""
     command = ["lora-export", "merge-and-export", "-b", str(base), "-a", str(ADAPTERS / adapter), "-o", str(out)]
-    command += [*TRAINED_WITH[adapter], "--prompts", str(PROMPTS), "--max-time", "40s", "--force", *extra]
+    command += [*TRAINED_WITH[adapter], "--prompts", str(PROMPTS), "--force", *extra]
     print("$ " + " ".join(command), file=sys.stderr)
     executable = Path(sys.executable).with_name("lora-export")
     return subprocess.run([str(executable), *command[1:]], check=False).returncode
@@ -72,13 +72,18 @@ def ending(report: dict[str, Any], out: Path) -> str:
         ("greedy tokens equal", f"{checks['onnx_greedy_agreement']['value']:.0%}"),
         ("tensors beyond one rounding", f"{checks['tensor_errors']['value']:.0f}"),
         ("base and merged graphs", "identical" if report["benchmark"]["graph_identical"] else "differ"),
-        (f"{cell['phase']} latency, merged/base", f"{cell['ratio']:.3f} ({cell['verdict']})"),
+        (f"{cell['phase']} latency, merged/base", f"{cell['ratio']:.3f} ({said(cell)})"),
         ("provider", report["benchmark"]["provider"]),
         ("report", str(out / "report" / "report.html")),
     ]
     width = max(len(name) for name, _ in rows)
     texts = [f"{name:<10}{' '.join(sample[name].split())}" for name in ("prompt", "base", "merged")]
     return "\n".join([*texts, "", *(f"{name:<{width}}  {value}" for name, value in rows)])
+
+
+def said(cell: dict[str, Any]) -> str:
+    """The verdict in words, and the interval of what was measured."""
+    return f"{cell['verdict'].replace('_', ' ')}, {cell['ci_low']:.3f} to {cell['ci_high']:.3f}"
 
 
 def main() -> None:

@@ -304,11 +304,16 @@ def ending(report: dict[str, Any], out: Path) -> str:
     rows = [
         ("gates", report["status"] + (f": {', '.join(failed)}" if failed else "")),
         ("base and merged graphs", "identical" if bench["graph_identical"] else "differ"),
-        ("denoiser step, merged/base", f"{cell['ratio']:.3f} ({cell['verdict']})"),
+        ("denoiser step, merged/base", f"{cell['ratio']:.3f} ({said(cell)})"),
         ("report with pictures", str(out / "report" / "report.html")),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def said(cell: dict[str, Any]) -> str:
+    """The verdict in words, and the interval of what was measured."""
+    return f"{cell['verdict'].replace('_', ' ')}, {cell['ci_low']:.3f} to {cell['ci_high']:.3f}"
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ Optimize = Literal["none", "basic", "full"]
 ProofLevel = Literal["quick", "full"]
 Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
 ExtraArm = Literal["plugged", "pytorch"]
-Verdict = Literal["equivalent", "slower", "inconclusive"]
+# equivalent_by_structure: base and merged are one optimized graph, and no test of the timings is claimed
+Verdict = Literal["equivalent", "equivalent_by_structure", "slower", "inconclusive"]
 Phase = Literal["prefill", "decode", "denoise"]  # denoise: one step of a pipeline of images
 Outcome = Literal["agrees", "differs", "unknown"]
 Certify = Literal["sampled", "full"]
@@ -27,8 +28,8 @@ MajoritySign = Literal["total", "frequency"]
 SplitQkvAlpha = Literal["file", "trained"]
 Activations = Literal["float", "dynamic", "static"]
 
-# (batch, prompt tokens) of each cell of a benchmark
-GRIDS: dict[Grid, tuple[tuple[int, int], ...]] = {
+Shapes = tuple[tuple[int, int], ...]  # (batch, prompt tokens) of each cell of a benchmark
+GRIDS: dict[Grid, Shapes] = {
     "quick": ((1, 128),),
     "standard": ((1, 128), (1, 1024), (8, 128), (8, 1024)),
     "paper": ((1, 128), (16, 256), (32, 512)),

@@ -30,11 +30,11 @@ class LoraExportError(Exception):
         expected: str | None = None,
         next_step: str | None = None,
     ) -> None:
-        self.found = plain(found)
-        self.where = plain(str(where)) if where is not None else None
-        self.tensor = plain(tensor) if tensor is not None else None
-        self.expected = plain(expected) if expected is not None else None
-        self.next_step = plain(next_step) if next_step is not None else None
+        self.found: str = plain(found)
+        self.where: str | None = plain(str(where)) if where is not None else None
+        self.tensor: str | None = plain(tensor) if tensor is not None else None
+        self.expected: str | None = plain(expected) if expected is not None else None
+        self.next_step: str | None = plain(next_step) if next_step is not None else None
         super().__init__(self.message())
 
     def message(self) -> str:
@@ -81,7 +81,7 @@ class JobsError(InputError):
     """
 
     def __init__(self, path: Path, faults: Sequence[str]) -> None:
-        self.faults = tuple(faults)
+        self.faults: tuple[str, ...] = tuple(faults)
         super().__init__(
             f"{len(faults)} faults in the jobs file",
             where=path,

@@ -1,6 +1,8 @@
-"""Files of a model's folder by their names: tokenizers, and what a training leaves behind."""
+"""Files of a model's folder by their names: tokenizers, and what a training leaves behind; and the user's cache."""
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 # A reward model's last layer, which TRL, LLaMA-Factory and ms-swift read beside the weights under this very name.
 VALUE_HEAD = "value_head.safetensors"
@@ -42,3 +44,9 @@ def is_whole_tokenizer(names: Iterable[str]) -> bool:
     """Whether all files of one tokenizer, of whichever library, are among these names."""
     present = set(names)
     return any(needed <= present for needed in _WHOLE_TOKENIZERS)
+
+
+def user_cache() -> Path:
+    """Where what is kept for this user lies."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "lora-export"

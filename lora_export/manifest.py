@@ -1,11 +1,11 @@
 """manifest.json: what a run was made from and what it left, by size and SHA-256; written, and checked again."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_export import records
 from lora_export.contracts import AdapterChoice, Finding, MergeOptions, QuantizationOptions, Source
 from lora_export.errors import InputError
 from lora_export.storage.documents import as_json, decode
@@ -14,6 +14,7 @@ from lora_export.storage.sealed import (
     FileHash,
     hash_folder,
     hashed,
+    hashed_once,
     plain_name,
     read_json,
     read_sealed,
@@ -22,16 +23,14 @@ from lora_export.storage.sealed import (
 from lora_export.version import __version__, installed
 
 NAME = "manifest.json"
-RECORD, PACKAGE = "record.json", "package/"  # of the objects of a fleet
+PACKAGE = "package/"  # of the objects of a fleet
 PIPELINE_INDEX = "model_index.json"
 _INPUTS = frozenset({".safetensors", ".json"})
 _VOCABULARIES = frozenset({".txt", ".model"})  # of the tokenizers of a pipeline
 _WRITTEN = {f"report/report.{kind}" for kind in ("json", "html", "md")} | {
     "report/samples.json", "report/conditions.json", "lora_export_certificate.json",
 }  # fmt: skip
-_SETTLED = 2 * 10**9  # nanoseconds since the last change, after which another change would show
 Hashing = Callable[[Path, Path | None], FileHash]
-_known: dict[tuple[object, ...], FileHash] = {}
 _FOLDERS = ("merged/", "onnx/", "report/pictures/")
 
 
@@ -93,9 +92,9 @@ def write(stage: Path, base: Source, adapters: Sequence[AdapterChoice], options:
         tool=Tool(),
         versions=versions(),
         options=options,
-        base=RecordedSource(**named(base), files=_input_hashes(base.folder, _hashed_once)),
+        base=RecordedSource(**named(base), files=_input_hashes(base.folder, hashed_once)),
         adapters=tuple(
-            RecordedAdapter(**named(a.source), weight=a.weight, files=_input_hashes(a.folder, _hashed_once))
+            RecordedAdapter(**named(a.source), weight=a.weight, files=_input_hashes(a.folder, hashed_once))
             for a in adapters
         ),
         files=hash_folder(stage),
@@ -128,27 +127,6 @@ def _input_hashes(place: Path, hashing: Hashing = hashed) -> dict[str, FileHash]
         return {p.relative_to(place).as_posix(): hashing(p, place) for p in _pipeline_files(place)}
     paths = sorted(p for p in place.iterdir() if p.suffix in _INPUTS and p.is_file())
     return {p.name: hashing(p, None) for p in paths}
-
-
-def _hashed_once(path: Path, root: Path | None) -> FileHash:
-    """As `hashed`, but once in a process for a file that stays as it is: many runs may have one base. One that was
-    changed a moment ago could be changed again without a sign of it, and is hashed each time."""
-    status = path.stat()
-    sign = (
-        str(path.absolute()),
-        status.st_ino,
-        status.st_dev,
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-    )
-    known = _known.get(sign)
-    if known is not None:
-        return known
-    made = hashed(path, root)
-    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED and made.size == status.st_size:
-        _known[sign] = made
-    return made
 
 
 def _pipeline_files(folder: Path) -> list[Path]:
@@ -225,9 +203,9 @@ def _foreign(run: Path) -> list[str]:
 def _beside(run: Path) -> Callable[[str], bool]:
     """Whether a file is one that a fleet puts beside a run that it keeps: its record, which names all others, and a
     package, which has a manifest of its own."""
-    if not (run / RECORD).is_file():
+    if not (run / records.NAME).is_file():
         return lambda name: False
-    return lambda name: name == RECORD or name.startswith(PACKAGE)
+    return lambda name: name == records.NAME or name.startswith(PACKAGE)
 
 
 def same_files(

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,6 @@ from lora_export.allowed import check_adapter_folder
 from lora_export.checkpoint.pipeline import is_pipeline
 from lora_export.contracts import (
     AdapterChoice,
-    BudgetSearch,
     Progress,
     Source,
     Story,
@@ -21,19 +20,23 @@ from lora_export.contracts import (
 )
 from lora_export.contracts.option import kept
 from lora_export.errors import GateFailed
-from lora_export.progress import Silent
+from lora_export.onnx_export.engines.isolated import Worker
 from lora_export.storage.disk import check_space
 from lora_export.storage.files import output_folder
 from lora_export.workflows.bare_base import without_adapter
-from lora_export.workflows.budget import Models, Pair, searches, with_budget, within_budget
+from lora_export.workflows.base_cache import base_for, use_of
+from lora_export.workflows.beside import Beside, Later, fits
+from lora_export.workflows.budget import searches, with_budget
 from lora_export.workflows.exporting import knowing_touched
 from lora_export.workflows.held_out import asked_calibrations, refuse_calibrated, refuse_other_calibration
 from lora_export.workflows.latency import measure_run, refuse_extra, refuse_slower
 from lora_export.workflows.pipelines.story import plan_story, tell_pipeline
-from lora_export.workflows.run_graphs import control_of, export_as, export_merged, like_earlier, merge_into
+from lora_export.workflows.proving import WARM
+from lora_export.workflows.run_exports import Run, Told, export_both, to_measure, with_more_bits
+from lora_export.workflows.run_graphs import Control, like_earlier
 from lora_export.workflows.run_report import write_report
-from lora_export.workflows.shared_base import SharedBase, measured_before, stand_in_once, why_not_shared
-from lora_export.workflows.trained_base import modules_from, prepared_base, stand_in
+from lora_export.workflows.shared_base import SharedBase, keep_measured, stand_in_once
+from lora_export.workflows.trained_base import modules_from, prepared_base
 from lora_export.workflows.validating import pair_of
 
 if TYPE_CHECKING:
@@ -47,53 +50,45 @@ def merge_and_export(
     options: StoryOptions,
     progress: Progress,
     shared: SharedBase | None = None,
+    *,
+    side_by_side: bool = True,
 ) -> Story:
     """Merge, export, validate, benchmark, report. A gate that fails leaves everything in `output.failed`.
 
-    shared: what was made of the base before, and is taken where the merged model has the base's graph.
+    shared: what was made of the base before, and is taken where the merged model has the base's graph;
+    side_by_side: whether exports are made while models are compared, where there are cores and memory for it.
     """
-    options, images = with_provider(options), is_pipeline(base.folder)
-    options = options if images else with_budget(options, base.folder)
-    earlier = options.export.graph_from
+    images, earlier = is_pipeline(base.folder), options.export.graph_from
     inputs = [base.folder, *(a.folder for a in adapters), *([earlier] if earlier else [])]
-    pictures = plan_story(base, adapters, output, options) if images else None
-    planned = None if images else _preflight(base, adapters, output, options, alone=shared is None)
-    with output_folder(output, options.force, inputs=inputs) as stage:
-        work = stage / ".work"
-        work.mkdir()
-        if planned is None:
-            assert pictures is not None
-            story = tell_pipeline(pictures, stage, work, options, progress)
-        else:
-            known = knowing_touched(options.export, base.folder, adapters, options.merge)
-            told = Told(
-                base, adapters, planned, replace(options, export=known), _shareable(shared, planned, progress)
-            )
-            story = _run(told, stage, work, progress)
-        shutil.rmtree(work)
-        story = _relocated(story, stage, output)
-        write_report(story, stage, base, adapters, options)
-        manifest.write(stage, base, adapters, kept(options))
-        refuse_failed(story)
+    with Worker() as worker:
+        if side_by_side and shared is None and earlier is None and not images:
+            worker.warm(*WARM)  # while the merge is planned and done
+        options = with_provider(options)
+        options = options if images else with_budget(options, base.folder)
+        pictures = plan_story(base, adapters, output, options) if images else None
+        planned = None if images else _preflight(base, adapters, output, options, alone=shared is None)
+        with output_folder(output, options.force, inputs=inputs) as stage:
+            work = stage / ".work"
+            work.mkdir()
+            if planned is None:
+                assert pictures is not None
+                story = tell_pipeline(pictures, stage, work, options, progress)
+            else:
+                touched = knowing_touched(options.export, base.folder, adapters, options.merge)
+                known = replace(options, export=touched)
+                at_once = side_by_side and fits(_in_fp32(planned), options.validation.max_memory)
+                with (
+                    base_for(shared, base, adapters, planned, known, progress) as found,
+                    Beside(progress, worker.kill, at_once=at_once) as beside,
+                ):
+                    story = _run(Told(base, adapters, planned, known, found), stage, work, worker, beside)
+                    story = replace(story, cache=use_of(found, story))
+            shutil.rmtree(work)
+            story = _relocated(story, stage, output)
+            write_report(story, stage, base, adapters, options)
+            manifest.write(stage, base, adapters, kept(options))
+            refuse_failed(story)
     return story
-
-
-@dataclass(frozen=True)
-class Told:
-    """What a run is told: its inputs, the plan of its merge, its options, and the base where it shares one."""
-
-    base: Source
-    adapters: Sequence[AdapterChoice]
-    planned: "MergePlan"
-    options: StoryOptions
-    shared: SharedBase | None
-
-
-def _shareable(shared: SharedBase | None, planned: "MergePlan", progress: Progress) -> SharedBase | None:
-    reason = why_not_shared(planned) if shared is not None else ""
-    if reason:
-        progress.detail(f"a base of its own: {reason}")
-    return None if reason else shared
 
 
 def with_provider(options: StoryOptions) -> StoryOptions:
@@ -105,75 +100,62 @@ def with_provider(options: StoryOptions) -> StoryOptions:
     return replace(options, export=like_earlier(export), validation=validation)
 
 
-def _run(told: Told, stage: Path, work: Path, progress: Progress) -> Story:
-    from lora_export.merging import merge_planned, written_source
-    from lora_export.validation import validate
+def _run(told: Told, stage: Path, work: Path, worker: Worker, beside: Beside) -> Story:
+    from lora_export.merging import merge_planned
+    from lora_export.validation import prepare, validate
     from lora_export.validation.run import seeded
 
-    # merge, and export with the graph of the base
-    base, adapters, shared = told.base, told.adapters, told.shared
-    options = replace(told.options, validation=seeded(told.options.validation))
+    # merge
+    base, adapters, shared, progress = told.base, told.adapters, told.shared, beside.progress
+    options = replace(told.options, validation=seeded(told.options.validation, shared.seed))
     folder = stage / "merged" if options.merged_folder else work / "outline"
     merged = merge_planned(told.planned, folder, progress, force=False) if options.merged_folder else None
     alone = without_adapter(base.folder, work)
     trained_on = cache(partial(prepared_base, alone, adapters, options.merge, work, progress))
-    source = written_source(merged) if merged is not None else None
-    base_onnx = shared.export if shared is not None else None
-    if base_onnx is None:
-        where, what = work / "base", "the base, to compare with"
-        base_onnx = export_as(trained_on(), where, options.export, progress, what, calibrated_on=source)
-    if merged is not None:
-        exported = export_merged(base_onnx, folder, stage / "onnx", options.export, progress, source)
-    else:
-        merged, exported = merge_into(base_onnx, base.folder, adapters, folder, stage, options, progress)
+    run = Run(replace(told, options=options), stage, work, folder, alone, trained_on, worker)
+
+    # export with the graph of the base, and later the unmerged model, while models are compared
+    if shared.export is None:
+        trained_on()
+    elif shared.measured is not None:
+        worker.close()  # nobody needs it
+    exports = beside.begin(partial(export_both, run, merged))
     asked = alone, folder, options.merge, options.validation.max_memory
-    dequantized = stand_in(*asked, work, progress) if shared is None else stand_in_once(shared, *asked, progress)
-    pair, budget = Pair(base_onnx, exported), None
+    dequantized = stand_in_once(shared, *asked, work, progress)
+    budget = None
     if searches(options, base.folder):
-        models = Models(trained_on(), folder, source, work, stage / "onnx")
-        pair, budget = _within_budget(models, pair, base, alone, adapters, dequantized, options, progress)
+        merged, pair = exports.result()
+        pair, budget = with_more_bits(run, merged, pair, dequantized, progress)
+        exports = Later(lambda: (merged, pair))
+    elif merged is None:
+        exports.result()  # the outline is written with them
+    prepare()
+    control = beside.begin(partial(to_measure, run, exports), spare=True)
 
     # prove
     checked = validate(
         alone,
         adapters,
         folder,
-        exports=[pair_of(pair.merged, pair.base.output)],
+        exports=Later(lambda: pair_of(exports.result()[1].merged, exports.result()[1].base.output)),
         dequantized=dequantized,
         graphs_alone=not options.merged_folder,
         options=options.validation,
-        known=shared.known if shared is not None else None,
+        known=shared.known,
         progress=progress,
     )
+    merged, pair = exports.result()
     story = Story(stage, merged, validate=checked, export=pair.merged, budget=budget)
     if not checked.passed:
         return story
 
     # measure, unless the same graph was
-    measured = measured_before(shared, pair.merged) if shared is not None else None
-    if measured is None:
-        control = control_of(trained_on(), alone, adapters, work, options, pair.merged, progress)
-        measured = measure_run(pair.base, pair.merged, control, options, progress)
+    measured = control.result()
+    worker.close()
+    if isinstance(measured, Control):
+        measured = measure_run(pair.base, pair.merged, measured, options, progress)
+        keep_measured(shared, pair.base, pair.merged, measured)
     return replace(story, benchmark=measured)
-
-
-def _within_budget(
-    models: Models,
-    first: Pair,
-    base: Source,
-    alone: Path,
-    adapters: Sequence[AdapterChoice],
-    dequantized: Path | None,
-    options: StoryOptions,
-    progress: Progress,
-) -> tuple[Pair, BudgetSearch]:
-    """`first`, or exports with more bits, as the share or size that the run asks for takes."""
-    from lora_export.merging import begin_stream, plan
-
-    if models.source is None:
-        numbers = begin_stream(plan(base.folder, adapters, options.merge), models.work / "numbers", Silent())
-        models = replace(models, source=numbers)
-    return within_budget(models, first, alone, adapters, dequantized, options, progress)
 
 
 def _preflight(
@@ -200,10 +182,14 @@ def _preflight(
     refuse_extra(options.extra_arms, adapters, export.precision, options.merge.combine)
     # merged, and the graphs of merged, base and unmerged, and perhaps the dequantized base; fp32 at most. With a
     # shared base the graph of merged alone.
-    widest = max(planned.nbytes, planned.nbytes * 4 // {"float16": 2, "bfloat16": 2}.get(planned.dtype, 4))
     folders = 2 if options.merged_folder else 1
-    check_space(output.absolute().parent, planned.nbytes * folders + widest * (3 if alone else 1))
+    check_space(output.absolute().parent, planned.nbytes * folders + _in_fp32(planned) * (3 if alone else 1))
     return planned
+
+
+def _in_fp32(planned: "MergePlan") -> int:
+    """Bytes of the merged model in fp32, at most."""
+    return max(planned.nbytes, planned.nbytes * 4 // {"float16": 2, "bfloat16": 2}.get(planned.dtype, 4))
 
 
 def _relocated(story: Story, stage: Path, output: Path) -> Story:

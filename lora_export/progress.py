@@ -2,7 +2,9 @@
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from rich.live import Live as RichLive
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
+
+    from lora_export.contracts import Progress
 
 
 class Silent:
@@ -27,6 +31,73 @@ class Silent:
     def advance(self, done: int, total: int) -> None: ...
 
 
+class Turns:
+    """One progress for two threads, a call at a time. beside: for the second thread, whose calls raise
+    CancelledError after `stop`."""
+
+    def __init__(self, to: "Progress") -> None:
+        self.to, self.turn, self.stopped = to, threading.Lock(), False
+        self.beside = Meanwhile(self)
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def stage(self, title: str) -> None:
+        with self.turn:
+            self.to.stage(title)
+
+    def detail(self, text: str) -> None:
+        with self.turn:
+            self.to.detail(text)
+
+    def warn(self, text: str) -> None:
+        with self.turn:
+            self.to.warn(text)
+
+    def advance(self, done: int, total: int) -> None:
+        with self.turn:
+            self.to.advance(done, total)
+
+
+class Meanwhile:
+    """What the second thread of `Turns` says. The bar belongs to the first one."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+
+    def stage(self, title: str) -> None:
+        with self._turn() as to:
+            if isinstance(to, Console):
+                to.beside(title)
+            else:
+                to.stage(title)
+
+    def detail(self, text: str) -> None:
+        with self._turn() as to:
+            to.detail(f"meanwhile: {text}")
+
+    def warn(self, text: str) -> None:
+        with self._turn() as to:
+            to.warn(text)
+
+    def advance(self, done: int, total: int) -> None:
+        with self._turn():
+            pass
+
+    def over(self) -> None:
+        """The stage is over."""
+        if isinstance(self._turns.to, Console):
+            with self._turns.turn:
+                self._turns.to.beside("")
+
+    @contextlib.contextmanager
+    def _turn(self) -> "Iterator[Progress]":
+        if self._turns.stopped:
+            raise CancelledError
+        with self._turns.turn:
+            yield self._turns.to
+
+
 class Console:
     """Talks to a person. verbosity: -1 warnings only, 0 stages, 1 details as well."""
 
@@ -36,14 +107,16 @@ class Console:
         self._bar: RichProgress | None = None
         self._live_table: RichLive | None = None
         self._task: TaskID | None = None
+        self._titles = ["", ""]  # of the stage, and of the one beside it
 
     def __enter__(self) -> "Console":
         if self._live:
             from rich.console import Console as RichConsole
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bars
 
             columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=RichConsole(stderr=True), transient=True)
+            self._bar = Bars(*columns, console=RichConsole(stderr=True), transient=True)
             self._bar.start()
         return self
 
@@ -97,7 +170,20 @@ class Console:
         if self._bar is not None:
             if self._task is not None:
                 self._bar.remove_task(self._task)
-            self._task = self._bar.add_task(shown(title), total=None)
+            self._titles[0] = shown(title)
+            self._task = self._bar.add_task(self._described, total=None)
+
+    def beside(self, title: str) -> None:
+        """A stage that runs beside the other one, whose bar names both; "" when it is over."""
+        if title and self.verbosity >= 0:
+            self._say(f"• meanwhile: {title}")
+        self._titles[1] = shown(title)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=self._described)
+
+    @property
+    def _described(self) -> str:
+        return ", meanwhile ".join(filter(None, self._titles))
 
     def detail(self, text: str) -> None:
         if self.verbosity >= 1:

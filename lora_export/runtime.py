@@ -87,7 +87,7 @@ options = ort.SessionOptions()
 if sys.argv[1] != "CPUExecutionProvider":
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
 try:
-    session = ort.InferenceSession(model, options, providers=[sys.argv[1]])
+    session = ort.InferenceSession(model, options, providers=[sys.argv[1]], enable_fallback=0)
     one = numpy.ones((2, 2), numpy.float32)
     assert (session.run(None, {"a": one, "b": one})[0] == 2).all()
 except Exception as error:
@@ -153,7 +153,10 @@ def open_session(
         _preload_libraries()
     try:
         session = ort.InferenceSession(
-            str(model), options or session_options(), providers=[(name, dict(provider_options or {}))]
+            str(model),
+            options or session_options(),
+            providers=[(name, dict(provider_options or {}))],
+            enable_fallback=0,  # a provider that fails in a run would be replaced by the CPU
         )
     except Exception as error:  # ONNX Runtime's exception classes share no base but this one
         raise RuntimeUnavailable(

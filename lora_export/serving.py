@@ -29,8 +29,8 @@ class Plugged:
     """A graph with slots, and adapters by name. A run without an adapter is the base."""
 
     def __init__(self, folder: Path, provider: str = "auto") -> None:
-        self.folder = folder
-        self.session = open_session(_graph(folder), resolve_provider(provider))
+        self.folder: Path = folder
+        self.session: Any = open_session(_graph(folder), resolve_provider(provider))
         if not any("lora" in i.name for i in self.session.get_overridable_initializers()):
             raise InputError(
                 "the graph has no slots for adapters",
@@ -73,9 +73,9 @@ class Swapped:
     """A merged export, and the next one opened beside it."""
 
     def __init__(self, folder: Path, provider: str = "auto") -> None:
-        self.folder = folder
+        self.folder: Path = folder
         self._provider = resolve_provider(provider)
-        self.session = open_session(_graph(folder), self._provider)
+        self.session: Any = open_session(_graph(folder), self._provider)
         self._switching = threading.Lock()
 
     def switch(self, folder: Path) -> None:

@@ -3,7 +3,12 @@
 import contextlib
 from collections.abc import Iterable
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+# What writes the bytes of results, or says whether they pass.
+LIBRARIES = (
+    "torch", "transformers", "peft", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu",
+    "onnxruntime-genai", "onnxruntime-genai-cuda", "optimum", "diffusers", "bitsandbytes", "safetensors",
+)  # fmt: skip
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:

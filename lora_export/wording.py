@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
-from lora_export.choices import Precision
+from lora_export.choices import Precision, Verdict
 from lora_export.contracts import (
     BenchmarkResult,
+    CacheUse,
     Check,
     ExportResult,
     MergeResult,
@@ -20,6 +21,12 @@ from lora_export.contracts.report import Report
 DASH = "–"
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
+VERDICTS: Mapping[Verdict, str] = {
+    "equivalent": "equivalent",
+    "equivalent_by_structure": "equivalent by structure",
+    "slower": "slower",
+    "inconclusive": "inconclusive",
+}
 # Whether the optimized graph of the merged model is that of the base.
 GRAPH: Mapping[bool | None, str] = {True: "identical", False: "differs", None: "not compared"}
 
@@ -104,7 +111,7 @@ def output_error(how: QuantizationSummary) -> str:
 
 
 def latency_verdict(result: BenchmarkResult) -> str:
-    return f"{result.verdict}, on {result.provider}"
+    return f"{VERDICTS[result.verdict]}, on {result.provider}"
 
 
 def provider(result: BenchmarkResult) -> str:
@@ -219,3 +226,19 @@ def seconds(value: float | None) -> str:
 
 def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def cache(use: CacheUse) -> str:
+    """What a run took of its base from the cache, and what it left there."""
+    if not use.parts:
+        return "not used: " + "; ".join(use.notes)
+    taken = [part.what for part in use.parts if part.taken]
+    made = [part.what for part in use.parts if not part.taken]
+    told = [f"taken of the base: {_parts(taken)}"] if taken else []
+    return "; ".join([*told, *([f"computed: {_parts(made)}"] if made else [])])
+
+
+def _parts(names: Sequence[str]) -> str:
+    answers = [name for name in names if name not in ("export", "measurement")]
+    counted = [count(len(answers), "answer")] if answers else []
+    return ", ".join([*(n for n in names if n == "export"), *counted, *(n for n in names if n == "measurement")])

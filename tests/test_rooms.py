@@ -23,6 +23,7 @@ TOP = {
     "plugins",
     "registered",
     "progress",
+    "records",
     "runtime",
     "storage",
     "meta_model",
@@ -44,6 +45,7 @@ ROOMS = {
     "deltas",
     "adapter_tools",
     "fleet",
+    "keys",
 }
 EVERYTHING = (
     TOP

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from generated import ROOT, settle
+from overview import overview, pictures
 from runtime_tables import runtime_commands, runtimes, runtimes_pictures, runtimes_refused
 from tables import RESULTS, read, table
 
@@ -123,7 +124,7 @@ def latency() -> str:
     for c in sorted(cells, key=lambda c: str(c["phase"])):
         arms = [band(c["arms"][a]) for a in ("merged", "unmerged", "plugged")]
         rows.append([c["phase"], *arms, percent(c["noise_floor"]), c["verdict"]])
-    head = ["", "merged ÷ base", "unmerged ÷ base", "plugged in ÷ base", "spread of base ÷ base", "verdict at ±1 %"]
+    head = ["", "merged ÷ base", "unmerged ÷ base", "plugged in ÷ base", "spread of base ÷ base", "test at ±1 %"]
     return table(head, rows)
 
 
@@ -140,6 +141,19 @@ def verdicts() -> str:
             cells.append(f"0 of {total:,}" if high == 0 else f"{low * 100:.1f}–{high * 100:.1f} %")
         rows.append([f"{ratio:g}", *cells])
     return table(["true ratio", "equivalent", "slower"], rows)
+
+
+def checks() -> str:
+    """Of identical graphs: how often a check leads to a full measurement."""
+    studies = read("checks-*.json")["studies"]
+    rows = []
+    for ratio in sorted({s["ratio"] for s in studies}):
+        some = [s for s in studies if s["ratio"] == ratio]
+        shares = [s["again"] / s["studies"] for s in some]
+        total = sum(s["studies"] for s in some)
+        low, high = min(shares), max(shares)
+        rows.append([f"{ratio:g}", f"{low * 100:.1f}–{high * 100:.1f} %" if high else f"0 of {total:,}"])
+    return table(["true ratio", "measured again, in full"], rows)
 
 
 def graph_faults() -> str:
@@ -311,9 +325,10 @@ def inspected() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity,
-        graph_faults, combining, serving, vllm, continued, sizes, triton, bases, mutants,
+        merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, checks,
+        sensitivity, graph_faults, combining, serving, vllm, continued, sizes, triton, bases, mutants,
         demo, inspected, openvino, runtimes, runtimes_pictures, runtime_commands, runtimes_refused,
+        overview, pictures,
     )
 }  # fmt: skip
 

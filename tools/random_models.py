@@ -2,7 +2,7 @@
 
     python tools/random_models.py WORK SIZE BASE KIND
 
-writes what is missing of WORK/SIZE/bf16, WORK/SIZE/nf4 and WORK/SIZE/KIND. Values are normal with σ 0.02, B of an
+writes what is missing of WORK/SIZE/bf16, WORK/SIZE/BASE and WORK/SIZE/KIND. Values are normal with σ 0.02, B of an
 adapter included; the same shape gives the same bytes.
 """
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 KINDS = ("lora", "dora", "adalora")
-BASES = ("bf16", "nf4")
+BASES = ("bf16", "nf4", "fp8")
+FP8_BLOCK = 128  # rows and columns that share a scale
 RANK, ALPHA = 16, 24
 INITIAL_RANK = 24  # of AdaLoRA, before pruning; ranks from 8 to 24 are left, 16 on average
 SIGMA = 0.02
@@ -36,6 +37,10 @@ class Shape:
     heads: int
     kv_heads: int
     vocabulary: int = 32000
+    tied: bool = False
+    positions: int = 2048
+    epsilon: float = 1e-6
+    theta: float = 10_000.0
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Module → (out, in), for the seven linear projections of every layer."""
@@ -52,18 +57,31 @@ class Shape:
         return {f"model.layers.{i}.{name}": size for i in range(self.layers) for name, size in one_layer.items()}
 
     def weights(self) -> dict[str, tuple[int, ...]]:
-        """Tensor → shape, of the whole model with an untied head."""
+        """Tensor → shape, of the whole model."""
         norms = [f"model.layers.{i}.{n}" for i in range(self.layers)
                  for n in ("input_layernorm", "post_attention_layernorm")]  # fmt: skip
         return {
             "model.embed_tokens.weight": (self.vocabulary, self.hidden),
             **{f"{name}.weight": size for name, size in self.linears().items()},
             **{f"{name}.weight": (self.hidden,) for name in (*norms, "model.norm")},
-            "lm_head.weight": (self.vocabulary, self.hidden),
+            **({} if self.tied else {"lm_head.weight": (self.vocabulary, self.hidden)}),
         }
 
 
-SHAPES = {
+SHAPES = {  # 135M: SmolLM2's
+    "tiny": Shape(hidden=64, intermediate=192, layers=2, heads=4, kv_heads=2, vocabulary=320, tied=True),
+    "135M": Shape(
+        hidden=576,
+        intermediate=1536,
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        vocabulary=49152,
+        tied=True,
+        positions=8192,
+        epsilon=1e-5,
+        theta=100_000.0,
+    ),
     "0.1B": Shape(hidden=768, intermediate=2048, layers=12, heads=12, kv_heads=12),
     "1.1B": Shape(hidden=2048, intermediate=5632, layers=22, heads=32, kv_heads=4),
     "3B": Shape(hidden=3072, intermediate=8192, layers=28, heads=24, kv_heads=8),
@@ -100,7 +118,10 @@ def write_config(folder: Path, shape: Shape, **more: Any) -> None:
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         vocab_size=shape.vocabulary,
-        tie_word_embeddings=False,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=shape.positions,
+        rms_norm_eps=shape.epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.theta},
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
         **more,
@@ -139,6 +160,31 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def write_fp8(folder: Path, shape: Shape, base: Path) -> None:
+    """The linear projections of `base` in E4M3 with a scale for each block, as DeepSeek saves them, in one file."""
+    import torch
+    from safetensors.torch import save_file
+
+    from lora_export.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(base)
+    tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    for name in [f"{module}.weight" for module in shape.linears()]:
+        weight = tensors[name].float()
+        rows, columns = (-(-size // FP8_BLOCK) for size in weight.shape)
+        blocks = torch.zeros(rows * FP8_BLOCK, columns * FP8_BLOCK)
+        blocks[: weight.shape[0], : weight.shape[1]] = weight
+        largest = blocks.reshape(rows, FP8_BLOCK, columns, FP8_BLOCK).abs().amax((1, 3))
+        scale = largest / torch.finfo(torch.float8_e4m3fn).max
+        spread = scale.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
+        codes = weight / spread[: weight.shape[0], : weight.shape[1]]
+        tensors |= {name: codes.to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    settings = {"quant_method": "fp8", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
+    write_config(folder, shape, quantization_config=settings)
+    write_tokenizer(folder)
 
 
 def write_nf4(folder: Path, shape: Shape, base: Path) -> None:
@@ -232,10 +278,11 @@ def main() -> None:
     with written_once(folder / "bf16") as partial:
         if partial:
             write_base(partial, shape)
-    if options.base == "nf4":
-        with written_once(folder / "nf4") as partial:
-            if partial:
-                write_nf4(partial, shape, folder / "bf16")
+    for name, write in (("nf4", write_nf4), ("fp8", write_fp8)):
+        if options.base == name:
+            with written_once(folder / name) as partial:
+                if partial:
+                    write(partial, shape, folder / "bf16")
     with written_once(folder / options.kind) as partial:
         if partial:
             write_adapter(partial, shape, options.kind, folder / "bf16")

@@ -233,12 +233,13 @@ def benchmark(
         plugged: A folder with an `.onnx_adapter` file, or the file: the adapter is plugged in at run time.
         pytorch: (base, adapter), folders or Hub IDs: PEFT's unmerged model under PyTorch.
         beside: (name, folder) of other graphs of the same model.
-        options: Batch and prompt sizes, margin (0.01 for 1 %), time in seconds, provider.
+        options: Batch and prompt sizes (None: as the graphs ask), margin (0.01 for 1 %), time in seconds, provider.
         force: Replace an existing output.
         progress: Receives stages and warnings.
 
     Returns:
-        Medians in milliseconds, ratios with 90 % intervals, and the verdict: equivalent, slower or inconclusive.
+        Medians in milliseconds, ratios with 90 % intervals, and the verdict: equivalent_by_structure where base and
+        merged are one optimized graph, otherwise equivalent, slower or inconclusive.
 
     Raises:
         GateFailed: Merged is slower; report and samples are in `output.failed`.

@@ -1,6 +1,7 @@
 """The arms of a study, opened: a session for each graph, and the memory that each of them takes."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,14 +15,16 @@ from lora_export.contracts import BenchmarkArm
 from lora_export.errors import RuntimeUnavailable
 
 _ESSENTIAL = (BASE, MERGED)
+_COPIES = (BASE, MERGED, AGAIN)
 _TWINS = {BASE: AGAIN, AGAIN: BASE}
-_ROOM = 3  # times the size of a graph that must be free before the base is loaded a second time
+_ROOM = 3  # times the size of a graph that must be free before it is loaded a second time
 
 
 @dataclass
 class OpenedArms:
     """Opened arms by name. one_base: there was memory for one session of the base only, which stands for both;
-    unmeasured: a session that is open and not timed; memory: arm → the most bytes that loading and running it took.
+    copies: base and merged are one graph, and are checked, not tested; unmeasured: a session that is open and not
+    timed; memory: arm → the most bytes that loading and running it took.
     """
 
     provider: str
@@ -30,6 +33,7 @@ class OpenedArms:
     note: Callable[[str], None]
     detail: Callable[[str], None]
     gpus: Gpus
+    copies: bool = False
     opened: dict[str, OpenedArm] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     one_base: bool = False
@@ -38,11 +42,17 @@ class OpenedArms:
     def open(self, arms: Mapping[str, BenchmarkArm], part: int) -> bool:
         """Open the graph number `part` of every arm. False if CUDA graphs are asked for and base or merged cannot
         be captured, which is no failure."""
-        if self.provider == "cpu" and BASE in arms and self._fits_again(arms[BASE].graphs[part]):
+        sessions = len(_COPIES) if self.copies else 1
+        room = self.provider == "cpu" and BASE in arms and self._fits_again(arms[BASE].graphs[part], sessions)
+        if room and self.copies:
+            self._open_copies(arms, part)
+        elif room:
             # On a CPU the first session that a process opens has been seen to be slower by 5 to 10 % for as long as
             # it is open. None of the arms should be that one.
             self.unmeasured = self._open(arms[BASE], part)
         for name, arm in arms.items():
+            if name in self.opened:
+                continue
             if arm.in_pytorch and self.cuda_graph:
                 continue  # ONNX Runtime's CUDA graphs are not PyTorch's
             twin = _TWINS.get(name, "")
@@ -63,6 +73,17 @@ class OpenedArms:
                 continue
             self.memory[name] = max(0, environment.memory(self.provider, self.gpus)[0] - before)
         return True
+
+    def _open_copies(self, arms: Mapping[str, BenchmarkArm], part: int) -> None:
+        """Open the sessions of one graph at the same time, each of which takes the same memory."""
+        self.detail(f"loading {', '.join(_COPIES)}")
+        before, _ = environment.memory(self.provider, self.gpus)
+        with ThreadPoolExecutor(len(_COPIES)) as pool:
+            self.opened |= dict(
+                zip(_COPIES, pool.map(lambda name: self._open(arms[name], part), _COPIES), strict=True)
+            )
+        grown = environment.memory(self.provider, self.gpus)[0] - before
+        self.memory |= dict.fromkeys(_COPIES, max(0, grown) // len(_COPIES))
 
     @property
     def is_decoder(self) -> bool:
@@ -119,9 +140,10 @@ class OpenedArms:
             )
         return opened
 
-    def _fits_again(self, model: Path) -> bool:
+    def _fits_again(self, model: Path, times: int = 1) -> bool:
+        """Whether there is memory for `times` sessions of it, and room besides."""
         size = sum(p.stat().st_size for p in model.parent.glob(f"{model.name}*"))
-        return environment.memory(self.provider, self.gpus)[1] > _ROOM * size
+        return environment.memory(self.provider, self.gpus)[1] > (_ROOM + times - 1) * size
 
 
 def first_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from lora_export.benchmarking.gpus import Gpus
 from lora_export.benchmarking.sessions import misplaced
 from lora_export.benchmarking.statistics import overall
 from lora_export.benchmarking.study import Study, measure_all
+from lora_export.choices import GRIDS, Shapes
 from lora_export.contracts import (
     BenchmarkArm,
     BenchmarkOptions,
@@ -25,6 +26,11 @@ from lora_export.contracts import (
 from lora_export.errors import InputError
 from lora_export.storage.sealed import read_json
 
+_EARLY = (
+    "the optimized graphs of base and merged are identical, so only a merged model that is measured slower could "
+    "change the verdict: each cell's measurement ended once it was not slower, and --max-time measures until the "
+    "noise allows a test"
+)
 _MOST_STRAYS = 10  # of each graph that are noted
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
 
@@ -45,23 +51,30 @@ def run(
     """
     started = time.perf_counter()
     named = _named(arms)
-    options, cut = _fitting(options, named[MERGED].graphs[0].with_name("config.json"))
+    shapes, grid = shapes_of(options, alike=BASE not in named or (graph is not None and graph.identical))
+    shapes, cut = _fitting(shapes, named[MERGED].graphs[0].with_name("config.json"))
     study = Study(
         arms=named,
         provider=runtime.resolve_provider(options.provider),
         threads=environment.usable_cores(),
-        options=options,
+        options=replace(options, shapes=shapes),
+        shapes=shapes,
         progress=progress,
         gpus=Gpus(),
         graph=graph,
     )
     progress.stage(f"benchmark on {study.provider}")
-    if cut:
-        study.note(cut)
+    for text in (grid, cut):
+        if text:
+            study.note(text)
     if BASE not in named:
         study.note("no base to compare with: the times are those of the merged graph alone")
     verified = _verify_placement(study)
     measure_all(study)
+    verdict = overall([c.verdict for c in study.cells])
+    early = study.checks and verdict == "equivalent_by_structure"
+    if early:
+        study.note(_EARLY)
     floors = [c.noise_floor for c in study.cells if c.noise_floor is not None]
     return BenchmarkResult(
         provider=study.provider,
@@ -69,10 +82,11 @@ def run(
         cells=tuple(study.cells),
         noise_floor=max(floors, default=None),
         graph_identical=graph.identical if graph else None,
-        verdict=overall([c.verdict for c in study.cells]),
+        verdict=verdict,
         seconds=time.perf_counter() - started,
         environment=_environment(study),
         graph=graph,
+        ended_early=early,
         notes=tuple(study.notes),
         graph_differences=graph.differences if graph else (),
         samples=study.samples,
@@ -93,23 +107,32 @@ def _named(arms: Sequence[BenchmarkArm]) -> dict[str, BenchmarkArm]:
     return {BASE: named[BASE], MERGED: named[MERGED], AGAIN: named[BASE], **named}
 
 
-def _fitting(options: BenchmarkOptions, config: Path) -> tuple[BenchmarkOptions, str]:
-    """Options with no prompt longer than the model has positions for, and a note if one was cut.
+def shapes_of(options: BenchmarkOptions, *, alike: bool) -> tuple[Shapes, str]:
+    """What is measured, and a note of it where nobody asked for it. alike: merged has no work of its own, which
+    could be slow in some shapes only."""
+    if options.shapes is not None:
+        return options.shapes, ""
+    if alike:
+        return GRIDS["quick"], ""
+    return GRIDS["standard"], "grid standard: graphs that differ can be slower at some batch sizes or lengths only"
+
+
+def _fitting(shapes: Shapes, config: Path) -> tuple[Shapes, str]:
+    """Shapes with no prompt longer than the model has positions for, and a note if one was cut.
 
     config: the config.json beside the graph, which may not be there.
     """
     if not config.is_file():
-        return options, ""
+        return shapes, ""
     settings = read_json(config)
     settings = settings.get("text_config") or settings
     known = [n for n in (settings.get(key) for key in _POSITIONS) if isinstance(n, int)]
     # RoBERTa begins to count after its padding id, OPT at 2; and a step needs a position, too.
     most = min(known, default=10**9) - 4
-    if most < 1 or max(prompt for _, prompt in options.shapes) <= most:
-        return options, ""
-    shapes = tuple(dict.fromkeys((batch, min(prompt, most)) for batch, prompt in options.shapes))
-    cut = f"prompts were cut to {most} tokens: the model has {most + 4} positions"
-    return replace(options, shapes=shapes), cut
+    if most < 1 or max(prompt for _, prompt in shapes) <= most:
+        return shapes, ""
+    fitting = tuple(dict.fromkeys((batch, min(prompt, most)) for batch, prompt in shapes))
+    return fitting, f"prompts were cut to {most} tokens: the model has {most + 4} positions"
 
 
 def _environment(study: Study) -> Environment:
@@ -130,7 +153,7 @@ def _verify_placement(study: Study) -> bool:
     if study.provider == "cpu":
         return True  # OpenedArms checks that the CPU is the only provider of the session
     study.progress.detail("checking where every node runs")
-    batch, prompt = study.options.shapes[0]
+    batch, prompt = study.shapes[0]
     clean = True
     for name, arm in study.arms.items():
         if name == AGAIN:

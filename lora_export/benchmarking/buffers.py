@@ -1,6 +1,6 @@
 """What one call computes, and the buffers that its inputs and outputs are bound to."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +44,13 @@ class Shape:
 class Buffers:
     """The buffers of one cell, shared by all arms whose inputs and outputs look the same.
 
-    One set for all: no arm gets a luckier address, and a long prefill's logits exist once.
+    One set for all: no arm gets a luckier address, and a long prefill's logits exist once. outputs: what is known
+    of a call's outputs → name → element type and dims, which a run found; filled: caches that a run has filled.
     """
 
     device: str
+    outputs: dict[Hashable, Mapping[str, tuple[int, tuple[int, ...]]]] = field(default_factory=dict)
+    filled: set[Hashable] = field(default_factory=set)
     values: dict[tuple[Hashable, ...], "OrtValue"] = field(default_factory=dict)
 
     @property

@@ -7,7 +7,7 @@ import numpy as np
 
 from lora_export.benchmarking.buffers import Shape
 from lora_export.benchmarking.measure import Series
-from lora_export.benchmarking.statistics import Interval, judge, percentiles
+from lora_export.benchmarking.statistics import Interval, judge, on_one_graph, percentiles
 from lora_export.choices import Phase, Verdict
 from lora_export.contracts import ArmTimes, Cell
 
@@ -38,11 +38,14 @@ class CellSpec:
 @dataclass(frozen=True)
 class CellFacts:
     """What is known about a cell besides its timings. decoder: a prompt's call ends with the first new token's
-    logits; kv_in_place: as in Cell; memory: arm → bytes."""
+    logits; kv_in_place: as in Cell; memory: arm → bytes; one_graph: base and merged are identical; ended_early: it
+    was checked only, not tested."""
 
     decoder: bool
     kv_in_place: bool
     memory: Mapping[str, int]
+    one_graph: bool = False
+    ended_early: bool = False
 
 
 def conclude(spec: CellSpec, series: Series, margin: float, rng: np.random.Generator, facts: CellFacts) -> Cell:
@@ -64,6 +67,8 @@ def conclude(spec: CellSpec, series: Series, margin: float, rng: np.random.Gener
         verdict, reason = judge(
             ratios[MERGED], ratios[AGAIN], shown, series.blocks, margin, control or "", series.sessions
         )
+        if facts.one_graph:
+            verdict, reason = on_one_graph(verdict, reason, margin, ended_early=facts.ended_early)
     ratio, low, high = _figures(ratios.get(MERGED))
     unmerged_ratio, unmerged_low, unmerged_high = _figures(ratios.get(UNMERGED))
     return Cell(

@@ -30,6 +30,9 @@ _MAX_WARM_UP_ROUNDS = 100
 _BLOCK_MS = 250.0
 _MAX_PASSES = 50
 _PLANNING_RESAMPLES = 500
+# A check of two arms that should not differ: so many blocks at least, and more while they fit into this time.
+CHECK_BLOCKS = 4
+_CHECK_SECONDS = 0.75
 # OpenMP's threads keep spinning for a few milliseconds after their work is done.
 _SETTLE_SECONDS = 0.02
 
@@ -121,6 +124,51 @@ def measure(
     return Series(times, settled, tuple(readings), passes=passes)
 
 
+def check(
+    arms: Mapping[str, Timed],
+    *,
+    arm: str,
+    references: Sequence[str],
+    rng: np.random.Generator,
+    clock: Clock = time.perf_counter,
+    tick: Callable[[int, int], None] = lambda done, planned: None,
+    observe: Callable[[], Reading] | None = None,
+    apart: Collection[str] = (),
+) -> Series:
+    """Measure until `arm` does not look slower than the references, of which it is known to be a copy.
+
+    Every arm is called once a block, each second block in the reverse order of the one before. It ends after few
+    blocks, or MIN_BLOCKS where the interval lies above the references. Arms must have run before, as there is no
+    warm-up.
+    """
+    deadline = clock() + _CHECK_SECONDS
+    blocks: list[dict[str, list[float]]] = []
+    readings: list[Reading] = []
+    order: list[str] = []
+
+    def enough() -> bool:
+        if len(blocks) < CHECK_BLOCKS or len(blocks) >= MIN_BLOCKS:
+            return len(blocks) >= MIN_BLOCKS
+        if clock() < deadline:
+            return False
+        logs = log_ratios(*(np.array([b[name] for b in blocks]) for name in (arm, *references)))
+        return not ratio_interval(logs, rng, _PLANNING_RESAMPLES).low > 1
+
+    with _no_garbage_collection():
+        if observe:
+            observe()
+        while not enough():
+            names = [name for name in arms if name not in apart]
+            order = order[::-1] if len(blocks) % 2 else [names[i] for i in rng.permutation(len(names))]
+            blocks.append({name: [arms[name]()] for name in (*order, *apart)})
+            readings += [observe()] if observe else []
+            if apart:
+                time.sleep(_SETTLE_SECONDS)
+            tick(len(blocks), MIN_BLOCKS)
+    times = {name: np.array([b[name] for b in blocks]) for name in arms}
+    return Series(times, settled=True, readings=tuple(readings))
+
+
 def _passes(pass_ms: float, seconds: float) -> int:
     """ABBA passes a block: fewer where the time would not hold twice the least number of blocks."""
     block_ms = min(_BLOCK_MS, 1000 * seconds / (2 * MIN_BLOCKS))
@@ -152,7 +200,7 @@ def warm_up(
 ) -> tuple[dict[str, float], bool]:
     """Run the arms in turns until two windows in a row agree within the margin; medians of the last window.
 
-    At least one window, whatever the deadline: the first calls allocate and tune.
+    At least one round, whatever the deadline: the first calls allocate and tune.
     """
     history: dict[str, list[float]] = {name: [] for name in arms}
     medians: dict[str, float] = {}
@@ -160,12 +208,13 @@ def warm_up(
         for i in rng.permutation(len(arms)):
             name = list(arms)[i]
             history[name].append(arms[name]())
-        if round_number % _WARM_UP_WINDOW:
+        late = clock() >= deadline
+        if round_number % _WARM_UP_WINDOW and not late:
             continue
         before, medians = medians, {n: float(np.median(h[-_WARM_UP_WINDOW:])) for n, h in history.items()}
         if before and all(abs(medians[n] / before[n] - 1) <= margin for n in arms):
             return medians, True
-        if clock() >= deadline:
+        if late:
             break
     return medians, False
 

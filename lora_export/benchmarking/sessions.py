@@ -105,7 +105,8 @@ class ArmSession:
         return denoiser.is_denoiser(self._signature)
 
     def call(self, shape: Shape, buffers: Buffers, graph_id: int = 1, seed: int = 0) -> Bound:
-        """Bind `shape` to fixed buffers. One run beforehand, uncaptured, finds the shapes of the outputs.
+        """Bind `shape` to fixed buffers. One run beforehand, uncaptured, finds the shapes of the outputs; arms that
+        declare the same ones share what it found.
 
         Each shape of a session with CUDA graphs needs a `graph_id` of its own.
         """
@@ -114,12 +115,16 @@ class ArmSession:
             outputs = {self._signature.cache[name]: value for name, value in cache.items()}
         else:
             cache, outputs = self._cache(shape, buffers, seed), {}
-        binding, values = self._run_unbound(self._others(shape, buffers, seed) | cache, outputs)
-        for name in values.keys() - outputs.keys():
+        inputs = self._others(shape, buffers, seed) | cache
+        declared = tuple((o.name, o.type, tuple(o.shape)) for o in self.session.get_outputs())
+        sizes = buffers.outputs.get((shape, declared, *outputs))
+        if sizes is None:
             # Only what is still unknown is taken: dims and element type, not the device's memory.
-            dims, element = tuple(values[name].shape()), values[name].element_type()
-            binding.bind_ortvalue_output(name, buffers.blank(name, element, dims))
-        return Bound(_timed(self.session, binding, self._run_options(graph_id)), self.kv_in_place)
+            found = {n: v for n, v in self._run_unbound(inputs, outputs).items() if n not in outputs}
+            sizes = {n: (v.element_type(), tuple(v.shape())) for n, v in found.items()}
+            buffers.outputs[shape, declared, *outputs] = sizes
+        bound = self._binding(inputs, outputs | {name: buffers.blank(name, *size) for name, size in sizes.items()})
+        return Bound(_timed(self.session, bound, self._run_options(graph_id)), self.kv_in_place)
 
     @functools.cached_property
     def kv_in_place(self) -> bool:
@@ -132,11 +137,11 @@ class ArmSession:
             return False
         buffers = Buffers(self.device)
         others = self._others(_TRIAL, buffers, 0)
-        _, apart = self._run_unbound(others | self._cache(_TRIAL, buffers, 0), {}, trial=True)
+        apart = self._run_unbound(others | self._cache(_TRIAL, buffers, 0), {}, trial=True)
         try:
             cache = self._one_cache(_TRIAL, buffers, 0, trial=True)
             outputs = {self._signature.cache[name]: value for name, value in cache.items()}
-            _, together = self._run_unbound(others | cache, outputs, trial=True)
+            together = self._run_unbound(others | cache, outputs, trial=True)
         except Exception:  # ONNX Runtime's classes share no base but this one; a graph that concatenates comes here
             return False
         expected, in_place = (
@@ -145,23 +150,27 @@ class ArmSession:
         )
         return bool(np.abs(in_place - expected).max() <= _SAME * np.abs(expected).max())
 
-    def _run_unbound(self, inputs: Values, outputs: Values, *, trial: bool = False) -> "tuple[IOBinding, Values]":
+    def _run_unbound(self, inputs: Values, outputs: Values, *, trial: bool = False) -> Values:
         """Run once; ONNX Runtime allocates the outputs that are not given. Returns all outputs by name.
 
         trial: a failure is not logged, and the outputs that are not given lie on the CPU.
         """
-        binding = self.session.io_binding()
-        for name, value in inputs.items():
-            binding.bind_ortvalue_input(name, value)
-        for name, value in outputs.items():
-            binding.bind_ortvalue_output(name, value)
+        binding = self._binding(inputs, outputs)
         rest = [o.name for o in self.session.get_outputs() if o.name not in outputs]
         for name in rest:
             binding.bind_output(name, "cpu" if trial else self.device, 0)
         self.session.run_with_iobinding(binding, self._run_options(_NO_CAPTURE, trial))
         binding.synchronize_outputs()
         # ONNX Runtime lists outputs in the order in which they were bound.
-        return binding, dict(zip([*outputs, *rest], binding.get_outputs(), strict=True))
+        return dict(zip([*outputs, *rest], binding.get_outputs(), strict=True))
+
+    def _binding(self, inputs: Values, outputs: Values) -> "IOBinding":
+        binding = self.session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
+        return binding
 
     def _others(self, shape: Shape, buffers: Buffers, seed: int) -> Values:
         """All inputs but the cache."""
@@ -183,7 +192,7 @@ class ArmSession:
         if not buffers.values.keys() >= set(keys.values()):
             prompt = Shape(shape.batch, 0, shape.past)
             inputs = self._others(prompt, buffers, seed) | self._cache(prompt, buffers, seed)
-            _, filled = self._run_unbound(inputs, {})
+            filled = self._run_unbound(inputs, {})
             for name in self._past:
                 buffers.values.setdefault(keys[name], filled[self._signature.cache[name]])
         return {name: buffers.values[key] for name, key in keys.items()}
@@ -194,9 +203,11 @@ class ArmSession:
             n: buffers.blank(f"{n} in place", ELEMENT[self._inputs[n].type], self._dims(n, shape, shape.total))
             for n in self._past
         }
-        if shape.past:
+        filling = (shape, seed, *self._past)
+        if shape.past and filling not in buffers.filled:  # by another arm, whose numbers do as well
             inputs = self._others(Shape(shape.batch, 0, shape.past), buffers, seed) | cache
             self._run_unbound(inputs, {self._signature.cache[n]: v for n, v in cache.items()}, trial=trial)
+            buffers.filled.add(filling)
         return cache
 
     def _dims(self, name: str, shape: Shape, length: int) -> tuple[int, ...]:

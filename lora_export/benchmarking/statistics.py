@@ -19,6 +19,7 @@ CONFIDENCE = 0.90
 MIN_BLOCKS = 15
 MIN_SESSIONS = 6  # sets of sessions whose spread gives an interval
 TRIM = 0.2
+NOT_NUMBERS = "the timings are not numbers"
 RESAMPLES = 2000
 PERCENTILES = (0.50, 0.95, 0.99)
 _PERCENTILE_RESAMPLES = 400
@@ -141,7 +142,7 @@ def judge(
     if blocks < MIN_BLOCKS:
         return "inconclusive", f"only {blocks} blocks fitted into the time; at least {MIN_BLOCKS} are needed"
     if any(math.isnan(x) for of in (merged, floor) for x in (of.ratio, of.low, of.high)):
-        return "inconclusive", "the timings are not numbers"
+        return "inconclusive", NOT_NUMBERS
     if noisy and merged.low > (1 + margin) * (1 + floor.half_width):
         return "slower", ""  # by more than the margin and the floor together
     if noisy:
@@ -167,7 +168,23 @@ def judge(
     return "inconclusive", f"the interval reaches beyond the margin after {blocks} blocks{of}"
 
 
+def on_one_graph(found: Verdict, reason: str, margin: float, *, ended_early: bool) -> tuple[Verdict, str]:
+    """The verdict where base and merged are one optimized graph, from what `judge` found of the timings.
+
+    The graph shows that merged does the same work, whatever the noise: only timings that are slower, or no numbers,
+    say something else. `equivalent` stays where a full measurement passed its test. ended_early: it was a check,
+    which tests nothing.
+    """
+    if found == "slower" or reason == NOT_NUMBERS or (found == "equivalent" and not ended_early):
+        return found, reason
+    return "equivalent_by_structure", "" if ended_early else f"no test at ±{margin:.2%} is claimed: {reason}"
+
+
 def overall(verdicts: list[Verdict]) -> Verdict:
-    if "slower" in verdicts:
-        return "slower"
-    return "equivalent" if verdicts and set(verdicts) == {"equivalent"} else "inconclusive"
+    """Of all cells: slower if one is, else the weakest claim of any of them.
+
+    `equivalent` needs every cell to have passed its test, `equivalent_by_structure` every cell to be one or the
+    other; no cell, or one that is inconclusive, leaves all of it so.
+    """
+    ranks: tuple[Verdict, ...] = ("slower", "inconclusive", "equivalent_by_structure", "equivalent")
+    return min(verdicts, key=ranks.index, default="inconclusive")

@@ -10,9 +10,9 @@ from lora_export.benchmarking.arms import OpenedArms
 from lora_export.benchmarking.cells import AGAIN, BASE, MERGED, CellFacts, CellSpec, conclude
 from lora_export.benchmarking.conditions import Conditions, unsteady
 from lora_export.benchmarking.gpus import Gpus
-from lora_export.benchmarking.measure import Series, joined, measure
+from lora_export.benchmarking.measure import Series, check, joined, measure
 from lora_export.benchmarking.statistics import MIN_SESSIONS
-from lora_export.choices import Phase
+from lora_export.choices import Phase, Shapes
 from lora_export.contracts import BenchmarkArm, BenchmarkOptions, Cell, GraphComparison, Progress, Reading
 
 
@@ -24,6 +24,7 @@ class Study:
     provider: str
     threads: int
     options: BenchmarkOptions
+    shapes: Shapes
     progress: Progress
     gpus: Gpus
     graph: GraphComparison | None = None
@@ -36,6 +37,16 @@ class Study:
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+    @property
+    def one_graph(self) -> bool:
+        """Whether base and merged are known to be identical once optimized."""
+        return self.graph is not None and self.graph.identical
+
+    @property
+    def checks(self) -> bool:
+        """Whether a measurement ends as soon as merged does not look slower, as nothing else would say anything."""
+        return self.one_graph and self.options.max_seconds is None and self.options.sessions == 1
 
     @property
     def parts(self) -> int:
@@ -85,7 +96,7 @@ def measure_all(study: Study) -> None:
         for spec, sets in measured.series.items():
             series = joined(sets)
             cell = conclude(spec, series, study.options.margin, rng, measured.facts[spec])
-            if cell.verdict == "slower" and cell.sessions == 1 and study.graph and study.graph.identical:
+            if cell.verdict == "slower" and cell.sessions == 1 and study.one_graph:
                 again = _Measured()
                 alone = _Clock(study.options.seconds / (len(parts) * len(measured.series)), 1)
                 _measure_set(study, again, part, cuda_graph, 1, alone, rng, only=spec)
@@ -106,18 +117,25 @@ def _measure_set(
     rng: np.random.Generator,
     only: CellSpec | None = None,
 ) -> None:
-    """Open the sessions for the time that is `number`, in another order each time, and measure all their cells."""
-    arms = _opened(study, part, cuda_graph, number, rng)
+    """Open the sessions for the time that is `number`, in another order each time, and measure all their cells.
+
+    only: a cell whose first measurement is doubted, which is measured in full.
+    """
+    checks = study.checks and only is None
+    arms = _opened(study, part, cuda_graph, number, rng, copies=checks)
     if arms is not None:
-        specs = [only] if only else _specs(study.options, part, arms, cuda_graph)
+        specs = [only] if only else _specs(study.shapes, part, arms, cuda_graph)
         for i, spec in enumerate(specs):
-            result = _measure_cell(study, spec, arms, clock.share(len(specs), i), i + 1, rng)
+            seconds = None if checks else clock.share(len(specs), i)
+            result = _measure_cell(study, spec, arms, seconds, i + 1, rng)
             if result is not None:
                 measured.add(spec, *result)
     clock.turns -= 1
 
 
-def _opened(study: Study, part: int, cuda_graph: bool, number: int, rng: np.random.Generator) -> OpenedArms | None:
+def _opened(
+    study: Study, part: int, cuda_graph: bool, number: int, rng: np.random.Generator, *, copies: bool
+) -> OpenedArms | None:
     """Sessions of every arm that has this part; None where base and merged do not run as CUDA graphs.
 
     The first time, merged is opened between the two sessions of the base.
@@ -125,7 +143,9 @@ def _opened(study: Study, part: int, cuda_graph: bool, number: int, rng: np.rand
     names = [n for n, a in study.arms.items() if len(a.graphs) > part or a.in_pytorch]
     if number:
         names = [names[i] for i in rng.permutation(len(names))]
-    arms = OpenedArms(study.provider, study.threads, cuda_graph, study.note, study.progress.detail, study.gpus)
+    arms = OpenedArms(
+        study.provider, study.threads, cuda_graph, study.note, study.progress.detail, study.gpus, copies=copies
+    )
     return arms if arms.open({name: study.arms[name] for name in names}, part) else None
 
 
@@ -139,10 +159,10 @@ def _confirmed(first: Cell, again: Cell) -> Cell:
         return again
     return replace(
         again,
-        verdict="inconclusive",
-        reason=f"the graphs are identical, and merged was slower in one pair of sessions (ratio {first.ratio:.4f}) "
-        f"and {again.verdict} in another ({again.ratio:.4f}): the sessions differ, not the graphs; --sessions "
-        f"{2 * MIN_SESSIONS} measures by how much",
+        verdict="inconclusive" if again.verdict == "inconclusive" else "equivalent_by_structure",
+        reason=f"merged was slower in one pair of sessions (ratio {first.ratio:.4f}) and not in another "
+        f"({again.ratio:.4f}): the sessions differ, not the graphs; --sessions {2 * MIN_SESSIONS} measures by "
+        "how much",
     )
 
 
@@ -158,32 +178,49 @@ def _keep(study: Study, spec: CellSpec, cell: Cell, series: Series) -> None:
     study.readings[spec.key] = series.readings
 
 
-def _specs(options: BenchmarkOptions, part: int, arms: OpenedArms, cuda_graph: bool) -> list[CellSpec]:
+def _specs(shapes: Shapes, part: int, arms: OpenedArms, cuda_graph: bool) -> list[CellSpec]:
     phases: tuple[Phase, ...] = ("decode",) if part else ("prefill", "decode") if arms.is_decoder else ("prefill",)
     phases = ("denoise",) if arms.is_denoiser else phases
-    return [CellSpec(batch, prompt, phase, cuda_graph) for batch, prompt in options.shapes for phase in phases]
+    return [CellSpec(batch, prompt, phase, cuda_graph) for batch, prompt in shapes for phase in phases]
 
 
 def _measure_cell(
-    study: Study, spec: CellSpec, arms: OpenedArms, seconds: float, number: int, rng: np.random.Generator
+    study: Study, spec: CellSpec, arms: OpenedArms, seconds: float | None, number: int, rng: np.random.Generator
 ) -> tuple[Series, CellFacts] | None:
-    """What one set of sessions gives for a cell; None if base or merged could not be captured."""
-    study.progress.detail(f"measuring {spec.key} for up to {seconds:.0f} s")
+    """What one set of sessions gives for a cell; None if base or merged could not be captured. seconds: None for a
+    check."""
+    words = f"checking {spec.key}" if seconds is None else f"measuring {spec.key} for up to {seconds:.0f} s"
+    study.progress.detail(words)
     bound = arms.bind(spec, number, study.options.seed, study.options.margin)
     if MERGED not in bound or (BASE in study.arms and not {BASE, AGAIN} <= bound.keys()):
         return None
     if not bound[MERGED].kv_in_place and spec.phase == "decode" and arms.is_decoder:
         study.note("steps copy the KV cache, because this graph cannot write into it")
-    series = measure(
-        {name: call.run for name, call in bound.items()},
-        pairs=((AGAIN, (BASE,)), (MERGED, (BASE, AGAIN))) if AGAIN in bound else (),
-        margin=study.options.margin,
-        seconds=seconds,
-        rng=rng,
-        tick=study.progress.advance,
-        observe=Conditions(study.gpus).read,
-        apart=[name for name, call in bound.items() if call.disturbs],
-        passes=study.passes.get(spec),
+    calls = {name: call.run for name, call in bound.items()}
+    apart = [name for name, call in bound.items() if call.disturbs]
+    observe, tick = Conditions(study.gpus).read, study.progress.advance
+    if seconds is None:
+        series = check(
+            calls, arm=MERGED, references=(BASE, AGAIN), rng=rng, tick=tick, observe=observe, apart=apart
+        )
+    else:
+        series = measure(
+            calls,
+            pairs=((AGAIN, (BASE,)), (MERGED, (BASE, AGAIN))) if AGAIN in bound else (),
+            margin=study.options.margin,
+            seconds=seconds,
+            rng=rng,
+            tick=tick,
+            observe=observe,
+            apart=apart,
+            passes=study.passes.get(spec),
+        )
+        study.passes[spec] = series.passes
+    facts = CellFacts(
+        arms.is_decoder,
+        bound[MERGED].kv_in_place,
+        dict(arms.memory),
+        one_graph=study.one_graph,
+        ended_early=seconds is None,
     )
-    study.passes[spec] = series.passes
-    return series, CellFacts(arms.is_decoder, bound[MERGED].kv_in_place, dict(arms.memory))
+    return series, facts

@@ -9,7 +9,7 @@ from lora_export.checkpoint.tensor_files import TensorFiles
 from lora_export.checkpoint.trained_beside import refuse_lost
 from lora_export.checkpoint.weight_files import PICKLED
 from lora_export.errors import CheckpointError, InputError
-from lora_export.storage.sealed import LARGEST_SETTINGS, read_json, refuse_outward_link
+from lora_export.storage.sealed import LARGEST_SETTINGS, read_json, refuse_outward_link, sha256
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -151,3 +151,8 @@ def _refuse_other(folder: Path) -> None:
         path = next(iter(sorted(folder.glob(pattern))), None)
         if path is not None:
             raise CheckpointError(f"this is {what}", where=path, expected=WEIGHTS, next_step=next_step)
+
+
+def adapter_hashes(folder: Path, used: set[Path]) -> dict[str, str]:
+    """SHA-256 of an adapter's files: those that its tensors are in, and whatever is called adapter_…."""
+    return {p.name: sha256(p) for p in sorted({*folder.glob("adapter_*"), *used}) if p.is_file()}

@@ -31,16 +31,15 @@ class TensorHash:
 
     def add(self, at: int, data: memoryview) -> None:
         """data: the bytes from `at` on. Whole leaves are hashed where they lie, what is left over is kept."""
-        end = at + len(data)
-        while at < end:
-            leaf = at // LEAF
-            stop = min((leaf + 1) * LEAF, self._nbytes)
-            piece, data = data[: stop - at], data[stop - at :]
-            if len(piece) == stop - leaf * LEAF:
+        begin, end = at, at + len(data)
+        for leaf in range(begin // LEAF, -(-end // LEAF)):
+            first, last = leaf * LEAF, min((leaf + 1) * LEAF, self._nbytes)
+            start, stop = max(first, begin), min(last, end)
+            piece = data[start - begin : stop - begin]
+            if start == first and stop == last:
                 self._leaves[leaf] = blake3(piece).digest()
             else:
-                self._keep(leaf, at, bytes(piece), stop - leaf * LEAF)
-            at += len(piece)
+                self._keep(leaf, start, bytes(piece), last - first)
 
     def _keep(self, leaf: int, at: int, piece: bytes, size: int) -> None:
         with self._lock:

@@ -1,8 +1,7 @@
 """Tensors in files, read by byte range."""
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,16 +29,22 @@ class TensorFiles(TensorSource):
         return file.stat().st_size
 
     def read_into(self, info: TensorInfo, start: int, into: memoryview) -> None:
-        with self._opened(info) as fd:
+        fd = self._open(info)
+        try:
             _fill(fd, info, start, into)
+        finally:
+            os.close(fd)
 
     def copy_to(
         self, info: TensorInfo, start: int, stop: int, out: ByteSink, at: int,
         seen: Callable[[int, memoryview], None] | None = None,
     ) -> None:  # fmt: skip
-        target = out.fileno()
-        buffer = memoryview(bytearray(min(STRETCH, stop - start))) if seen or target is None else memoryview(b"")
-        with self._opened(info) as fd:
+        fd, target = self._open(info), out.fileno()
+        try:
+            if seen and target is not None and os.fstat(fd).st_dev != os.fstat(target).st_dev:
+                target = None  # the kernel could only read and write, as happens here
+            needed = min(STRETCH, stop - start) if seen or target is None else 0
+            buffer = memoryview(bytearray(needed))
             for done in range(start, stop, STRETCH):
                 length = min(STRETCH, stop - done)
                 if target is not None:
@@ -50,17 +55,14 @@ class TensorFiles(TensorSource):
                     out.write(buffer[:length], at + done - start)
                 if seen is not None:
                     seen(done, buffer[:length])
-
-    @contextlib.contextmanager
-    def _opened(self, info: TensorInfo) -> Iterator[int]:
-        try:
-            fd = os.open(info.file, os.O_RDONLY | (0 if self.follow else os.O_NOFOLLOW))
-        except OSError as error:
-            raise _unreadable(info, error) from None
-        try:
-            yield fd
         finally:
             os.close(fd)
+
+    def _open(self, info: TensorInfo) -> int:
+        try:
+            return os.open(info.file, os.O_RDONLY | (0 if self.follow else os.O_NOFOLLOW))
+        except OSError as error:
+            raise _unreadable(info, error) from None
 
 
 def _fill(fd: int, info: TensorInfo, start: int, into: memoryview) -> None:

@@ -31,9 +31,11 @@ def benchmark(
 ) -> None:  # fmt: skip
     """Measure base, merged and unmerged graphs in turn, and say whether merging costs latency.
 
-    The verdict is equivalent, slower or inconclusive: the 90 % interval of merged/base lies within the margin,
-    above it, or the machine was too noisy to tell. Something that does more work must be found slower in the same
-    blocks, or there is no verdict: -u, else --plugged, else the base itself held up by two margins. OUT gets a
+    Where base and merged are one optimized graph, the verdict is equivalent by structure unless merged is measured
+    slower, in other sessions again. Otherwise it is equivalent, slower or inconclusive: the 90 % interval of
+    merged/base lies within the margin, above it, or the machine was too noisy to tell. Something that does more
+    work must then be found slower in the same blocks: -u, else --plugged, else the base itself held up by two
+    margins. OUT gets a
     report and every raw sample; if merged is slower, the exit code is 3 and they are in OUT.failed. Asking for cuda
     where it does not work is an error, never a silent fallback.
 

@@ -34,7 +34,7 @@ def merge_and_export(
         lora-export merge-and-export -b ./base -a ./my-qlora --training-quantization nf4 -o ./out
         lora-export merge-and-export -b ./sdxl -a style.safetensors:0.8 -o ./out
     """
-    from lora_export import api
+    from lora_export import api, wording
     from lora_export.commands import words
     from lora_export.commands.plans import plan_document, plan_words
     from lora_export.report import budget
@@ -61,6 +61,7 @@ def merge_and_export(
         *([("budget", budget.sentence(story.budget))] if story.budget else []),
         *words.calibration_rows(story.export),
         *words.benchmark_rows(story.benchmark),
+        *([("cache", wording.cache(story.cache))] if story.cache else []),
         ("report", str(output / "report" / "report.html")),
     ]
     talk.result(story, table(rows))

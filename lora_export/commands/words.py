@@ -182,13 +182,14 @@ def calibration_rows(result: ExportResult) -> Rows:
 
 def benchmark_rows(result: BenchmarkResult) -> Rows:
     graph = wording.GRAPH[result.graph_identical]
-    rows = [("benchmark", f"{result.verdict} (graph {graph}), {wording.provider(result)}")]
+    rows = [("benchmark", f"{wording.VERDICTS[result.verdict]} (graph {graph}), {wording.provider(result)}")]
     for cell in result.cells:
         arms = {"base": cell.base_ms, "merged": cell.merged_ms, "unmerged": cell.unmerged_ms}
         times = [f"{name} {value:.2f} ms" for name, value in arms.items() if value is not None]
         ratio = ""
         if cell.ratio is not None and cell.ci_low is not None and cell.ci_high is not None:
-            ratio = f"; merged/base {cell.ratio:.4f} [{cell.ci_low:.4f}, {cell.ci_high:.4f}], {cell.verdict}"
+            verdict = wording.VERDICTS[cell.verdict]
+            ratio = f"; merged/base {cell.ratio:.4f} [{cell.ci_low:.4f}, {cell.ci_high:.4f}], {verdict}"
         graph_mark = ", CUDA graph" if cell.cuda_graph else ""
         of = "latent " if cell.phase == "denoise" else "p"
         name = f"  {cell.phase} b{cell.batch} {of}{cell.prompt}{graph_mark}"

@@ -67,7 +67,7 @@ from lora_export.contracts.pipelines import (
 )
 from lora_export.contracts.progress import Progress, Source
 from lora_export.contracts.report import NamedAdapter, NamedSource, NamedSources, Report, ReportPages
-from lora_export.contracts.story import PipelineFacts, Story, StyleAdapter
+from lora_export.contracts.story import CachePart, CacheUse, PipelineFacts, Story, StyleAdapter
 from lora_export.contracts.tensors import ByteSink, RowReader, TensorInfo, TensorSource
 from lora_export.contracts.tool_options import PackageOptions, RankOptions, VerifyOptions
 from lora_export.contracts.understanding import ModuleFigures, Truncation, TypeFigures, Understanding
@@ -101,6 +101,8 @@ __all__ = [
     "BudgetSearch",
     "BudgetStep",
     "ByteSink",
+    "CachePart",
+    "CacheUse",
     "CalibrationRecord",
     "Cell",
     "Check",

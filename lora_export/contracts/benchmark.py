@@ -89,8 +89,9 @@ class Cell:
 
     prompt: tokens, or for a denoiser the side of the latent;
     sessions: how often its sessions were opened; kv_in_place: the cache is one buffer, which a step writes into;
-    control: the arm that must be found slower, or else there is no verdict; reason: for a verdict that does not
-    follow from the interval alone.
+    control: the arm that must be found slower, or else there is no verdict; verdict: `equivalent_by_structure`
+    where base and merged are one optimized graph, not found slower, and no test of the interval is claimed; reason:
+    for a verdict that does not follow from the interval alone.
     """
 
     batch: int
@@ -201,7 +202,8 @@ class PictureTime:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """graph_identical: of a pipeline, of all its components; graphs: those of each component; pictures: of a
+    """ended_early: base and merged are one graph, and the measurement was a check that ended once merged was not
+    slower; graph_identical: of a pipeline, of all its components; graphs: those of each component; pictures: of a
     pipeline; graph_differences: those of `graph`; samples: every timing, for samples.json; conditions: cell → a
     reading for each block, for conditions.json."""
 
@@ -214,6 +216,7 @@ class BenchmarkResult:
     seconds: Figure
     environment: Environment = field(default_factory=Environment)
     graph: GraphComparison | None = None
+    ended_early: bool = False
     notes: tuple[str, ...] = ()
     graph_differences: tuple[str, ...] = ()
     graphs: Mapping[str, GraphComparison] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
+from lora_export.choices import Verdict
 from lora_export.contracts.figures import Figure
 from lora_export.contracts.option import option
 from lora_export.contracts.options import StoryOptions
@@ -114,13 +115,14 @@ class RowFigures:
 
     survival: least share of the adapter's effect that its exports keep; delta_survival: share of the change that
     the merged weights keep; kl: largest mean KL(merged ‖ export) in nats; ratio: latency merged ÷ base of its
-    graph; nbytes: of the object; checks, failed: how many.
+    graph, and its verdict; nbytes: of the object; checks, failed: how many.
     """
 
     survival: Figure | None = None
     delta_survival: Figure | None = None
     kl: Figure | None = None
     ratio: Figure | None = None
+    verdict: Verdict | None = None
     nbytes: int | None = None
     checks: int = 0
     failed: int = 0

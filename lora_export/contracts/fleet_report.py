@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lora_export.choices import Verdict
 from lora_export.contracts.figures import Figure
 from lora_export.contracts.fleet import State
 
@@ -37,6 +38,7 @@ class FleetReportRow:
     delta_survival: Figure | None = None
     kl: Figure | None = None
     ratio: Figure | None = None
+    verdict: Verdict | None = None
     nbytes: int | None = None
     checks: int = 0
     failed: int = 0

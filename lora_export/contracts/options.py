@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from lora_export import choices
 from lora_export.contracts.option import hidden, nested, option, switched, taken_from
+from lora_export.folder_files import user_cache
 from lora_export.registered import engine_names
 from lora_export.tasks import TASKS
 
@@ -268,9 +269,10 @@ class BenchmarkSizes:
     """The command line's way to say `BenchmarkOptions.shapes`: a grid, or batch sizes and prompt lengths."""
 
     SECTION: ClassVar[str] = BENCHMARK
-    grid: choices.Grid = option(
-        "quick", "Batch sizes and prompt lengths to measure. "
+    grid: choices.Grid | None = option(
+        None, "Batch sizes and prompt lengths to measure. "
         + "; ".join(f"{name}: {', '.join(f'{b}×{n}' for b, n in grid)}" for name, grid in choices.GRIDS.items()),
+        default_text="quick where base and merged are one graph or there is no base, otherwise standard",
     )
     batches: tuple[int, ...] = option(
         (), "Batch size, in place of the grid's. May be given more than once.", flags=("--batch",), minimum=1
@@ -282,22 +284,22 @@ class BenchmarkSizes:
     )
 
     @property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
-        grid = choices.GRIDS[self.grid]
+    def shapes(self) -> choices.Shapes | None:
         if not (self.batches or self.lengths):
-            return grid
-        batches, lengths = self.batches or (grid[0][0],), self.lengths or (grid[0][1],)
+            return choices.GRIDS[self.grid] if self.grid else None
+        (one,) = choices.GRIDS["quick"]
+        batches, lengths = self.batches or (one[0],), self.lengths or (one[1],)
         return tuple((batch, length) for batch in batches for length in lengths)
 
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """Options of a benchmark. shapes: (batch, prompt tokens) of each cell; max_seconds: for all cells together;
-    configured: a configuration file and what it set, for the report."""
+    """Options of a benchmark. shapes: (batch, prompt tokens) of each cell, None: as the graphs ask; max_seconds:
+    for all cells together; configured: a configuration file and what it set, for the report."""
 
     SECTION: ClassVar[str] = BENCHMARK
     provider: choices.Provider = option("auto", PROVIDER_HELP, EXPORT)
-    shapes: tuple[tuple[int, int], ...] = taken_from(BenchmarkSizes, "shapes", choices.GRIDS["quick"])
+    shapes: choices.Shapes | None = taken_from(BenchmarkSizes, "shapes", None)
     margin: float = option(
         0.01, "Largest relative difference in latency that still counts as none, as 1% or 0.01.", minimum=0.0005,
         maximum=0.5, unit="share", metavar="SHARE", default_text="1%",
@@ -305,7 +307,8 @@ class BenchmarkOptions:
     max_seconds: float | None = option(
         None, "Time for the measurement, as 90, 90s or 5m; it ends sooner once the noise allows a verdict.",
         flags=("--max-time", "--max-seconds"), unit="seconds", metavar="TIME",
-        default_text="a minute for each batch size and prompt length; 20 s for each of --sessions",
+        default_text="a minute for each batch size and prompt length; 20 s for each of --sessions; where base and "
+        "merged are one graph, until merged is not slower",
     )
     sessions: int = option(
         1, "How often all sessions are opened anew, each time in another order; the interval is then taken from "
@@ -318,13 +321,34 @@ class BenchmarkOptions:
     @property
     def seconds(self) -> float:
         each = 60.0 if self.sessions == 1 else 20.0 * self.sessions
-        return each * len(self.shapes) if self.max_seconds is None else self.max_seconds
+        shapes = self.shapes or choices.GRIDS["standard"]
+        return each * len(shapes) if self.max_seconds is None else self.max_seconds
+
+
+@dataclass(frozen=True)
+class CacheFolder:
+    """The command line's way to say `StoryOptions.cache`."""
+
+    SECTION: ClassVar[str] = RESOURCES
+    folder: Path | None = option(
+        None, "Folder in which is kept what a run makes of its base alone, for the next adapter of that base.",
+        flags=("--cache",), metavar="DIR", default_text="lora-export in the user's cache folder",
+        changes_result=False,
+    )
+    used: bool = option(
+        True, "Take nothing from the cache, and leave nothing there.", flags=("--no-cache",), changes_result=False,
+    )
+
+    @property
+    def chosen(self) -> Path | None:
+        return (self.folder or user_cache()) if self.used else None
 
 
 @dataclass(frozen=True)
 class StoryOptions:
     """Options of a run: those of its stages. `export.provider` holds for all stages, `force` for the run.
-    merged_folder: False: base and adapter go straight into the export."""
+    merged_folder: False: base and adapter go straight into the export;
+    cache: None for none."""
 
     SECTION: ClassVar[str] = EXPORT
     merge: MergeOptions = nested(MergeOptions)
@@ -341,5 +365,10 @@ class StoryOptions:
         (), "Also measure: plugged: the adapter as ONNX Runtime plugs it into a graph with slots; pytorch: PEFT's "
         "unmerged model under PyTorch. May be given twice.", BENCHMARK, flags=("--arm",))
     validation: ValidationOptions = nested(ValidationOptions, without=("merge", "bases"), flat=True)
+    cache: Path | None = taken_from(CacheFolder, "chosen", None, json=None)
+    cache_size: int = option(
+        10 * 10**9, "Size that the cache stays within; the bases that were not used for longest go first.",
+        RESOURCES, unit="bytes", default_text="10GB", json=None, changes_result=False,
+    )
     force: bool = option(False, REPLACE, INPUTS, configurable="command line", json=None)
     configured: str = ""

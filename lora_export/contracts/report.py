@@ -9,7 +9,7 @@ from lora_export.contracts.benchmark import BenchmarkResult
 from lora_export.contracts.budget import BudgetSearch
 from lora_export.contracts.export import ExportResult
 from lora_export.contracts.merging import MergeResult
-from lora_export.contracts.story import PipelineFacts
+from lora_export.contracts.story import CacheUse, PipelineFacts
 from lora_export.contracts.validation import ValidationResult
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -53,6 +53,7 @@ class Report:
     benchmark: BenchmarkResult | None = None
     budget: BudgetSearch | None = None
     pipeline: PipelineFacts | None = None
+    cache: CacheUse | None = None
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,31 @@ class PipelineFacts:
 
 
 @dataclass(frozen=True)
+class CachePart:
+    """Something that a run needs of its base alone. what: export, measurement, or the name of an answer of the
+    validation; taken: from the cache, or else computed; sha256: of its files, or of all that an answer depends on;
+    note: why it was not taken, or is not kept."""
+
+    what: str
+    taken: bool
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """What a run took from the cache of its base. key: of the base with its options and versions, "" where nothing
+    was shared; notes: why not, and what was found damaged."""
+
+    key: str
+    parts: tuple[CachePart, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Story:
     """What a run left: its folder and the result of each stage that ran. budget: None where no size or share of the
-    adapter's effect was to be reached; pipeline: None for a model alone."""
+    adapter's effect was to be reached; pipeline: None for a model alone; cache: None for a run without one."""
 
     output: Path
     merge: MergeResult
@@ -49,6 +71,7 @@ class Story:
     benchmark: BenchmarkResult | None = None
     budget: BudgetSearch | None = None
     pipeline: PipelineFacts | None = None
+    cache: CacheUse | None = None
     report: Path = field(init=False)  # the page to read
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from lora_export.errors import LoraExportError
 from lora_export.fleet.stores.protocol import Store
+from lora_export.storage.boot import boot_id, process_numbers
 from lora_export.storage.documents import as_json, decode, parse_json
 from lora_export.storage.interrupts import Interrupts
 
@@ -174,11 +175,7 @@ def _read(raw: bytes | None, type_: type[T]) -> T | None:
 
 def _host() -> str:
     """This machine, up to its next start, and its process numbers."""
-    boot = pids = ""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        pids = str(Path("/proc/self/ns/pid").readlink())
-    return f"{socket.gethostname()} {boot} {pids}"
+    return f"{socket.gethostname()} {boot_id()} {process_numbers()}"
 
 
 def _started(pid: int) -> int:

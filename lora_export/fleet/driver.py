@@ -11,9 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from lora_export import records
 from lora_export.contracts.fleet import FleetOptions, PlannedRow, RowOutcome, State, Task
 from lora_export.errors import InputError, LoraExportError, WorkerLost
-from lora_export.fleet import records, schedule
+from lora_export.fleet import schedule
 from lora_export.fleet.board import Board
 from lora_export.fleet.claims import Claims
 from lora_export.fleet.engines.protocol import Engine

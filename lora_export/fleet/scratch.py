@@ -11,11 +11,11 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lora_export.errors import LoraExportError, OutputError
-from lora_export.storage.disk import size_of
+from lora_export.storage.disk import bytes_in, emptied, size_of
 
 PREFIX = "lora-export-fleet-"
 _NEW = 60  # seconds that a folder may be without its lock and its name
@@ -70,28 +70,6 @@ def _removed_if_dead(folder: Path) -> bool:
         return False
     finally:
         os.close(fd)
-
-
-def emptied(folder: Path) -> None:
-    """Remove a folder, also where the work has made parts of it read-only."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.exists():
-        for root, folders, _ in os.walk(folder):
-            for name in folders:
-                with contextlib.suppress(OSError):
-                    Path(root, name).chmod(0o700)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def bytes_in(folders: Iterable[Path]) -> int:
-    """Bytes on the disk of all files below; those that vanish meanwhile count as nothing."""
-    total = 0
-    for folder in folders:
-        for root, _, names in os.walk(folder):
-            for name in names:
-                with contextlib.suppress(OSError):
-                    total += Path(root, name).lstat().st_blocks * 512
-    return total
 
 
 # --- the budget ------------------------------------------------------------------------------------------------

@@ -1,11 +1,9 @@
 """Merging: the one place where base, adapters and quantization meet."""
 
-import contextlib
-import gc
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -41,7 +39,9 @@ from lora_export.meta_model import parameter_names
 from lora_export.progress import Silent
 from lora_export.storage.disk import check_space
 from lora_export.storage.files import output_folder
+from lora_export.storage.memory import importing
 from lora_export.storage.sealed import write_sealed
+from lora_export.storage.workers import Job
 
 __all__ = [
     "CERTIFICATE",
@@ -138,7 +138,8 @@ def merge_planned(
     inputs, companions = [base, *(a.folder for a in planned.adapters)], companion_files(base)
     with output_folder(output, force, inputs=inputs) as stage:
         check_space(stage, planned.nbytes)
-        audit = write_shards(planned, stage, progress, Auditor(planned, certified))
+        audit = Auditor(planned, certified)
+        write_shards(planned, stage, progress, audit, also=[Job(audit.hash_adapters)])
         warnings = [*planned.warnings, *write_beside(planned, companions, stage)]
         if accept is not None:
             accept(stage, audit.records)
@@ -238,7 +239,7 @@ def end_stream(source: MergedSource, certificate: Path, seconds: float, progress
 
 def prepare(device: str) -> None:
     """Import torch, which takes a second that is no part of the merge. RuntimeUnavailable without the device."""
-    with _without_collections():
+    with importing("torch"):
         import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -247,24 +248,6 @@ def prepare(device: str) -> None:
             expected="a GPU, its driver, and a torch built for CUDA",
             next_step="--device cpu; `lora-export env` shows what works here",
         )
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """No search for garbage among the half a million lasting objects that an import of torch makes.
-
-    It would take a quarter of the import, and a part of the merge.
-    """
-    if "torch" in sys.modules or not gc.isenabled():
-        yield
-        return
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _judge(planned: MergePlan, survival: float | None) -> list[str]:

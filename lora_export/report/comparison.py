@@ -6,7 +6,17 @@ from lora_export.contracts import BenchmarkResult, Cell, ExportResult, MergeResu
 from lora_export.escape import one_line
 from lora_export.report.latency import cell_name
 from lora_export.report.story import Row
-from lora_export.wording import DASH, calibration, milliseconds, number, output_error, percent, ratio, size
+from lora_export.wording import (
+    DASH,
+    VERDICTS,
+    calibration,
+    milliseconds,
+    number,
+    output_error,
+    percent,
+    ratio,
+    size,
+)
 
 _Facts = Mapping[str, str]
 
@@ -68,7 +78,7 @@ def _latency_facts(bench: BenchmarkResult) -> _Facts:
             rows[f"{name}: {one_line(arm)}"] = f"{milliseconds(p50.ms)} ms ({between})"
         if not cell.arms:
             rows[f"{name}: merged"] = f"{milliseconds(cell.merged_ms)} ms"
-        rows |= {f"{name}: merged ÷ base": ratio(cell.ratio), f"{name}: verdict": cell.verdict}
+        rows |= {f"{name}: merged ÷ base": ratio(cell.ratio), f"{name}: verdict": VERDICTS[cell.verdict]}
     return rows
 
 

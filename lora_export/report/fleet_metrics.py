@@ -7,6 +7,7 @@ from datetime import datetime
 
 from lora_export.contracts.fleet import STATES
 from lora_export.contracts.fleet_report import FleetReport, FleetReportRow
+from lora_export.wording import VERDICTS
 
 _PREFIX = "lora_export_fleet_"
 _BUCKETS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 7200)  # seconds of a row
@@ -27,6 +28,12 @@ def metrics(report: FleetReport) -> str:
     for name, rows in by_base.items():
         lines += [
             _line("rows", {"base": name, "state": state}, sum(r.state == state for r in rows)) for state in STATES
+        ]
+    lines += _head("latency_verdicts", "gauge", "Adapters by base and verdict on the latency of their graph.")
+    for name, rows in by_base.items():
+        lines += [
+            _line("latency_verdicts", {"base": name, "verdict": v}, sum(r.verdict == v for r in rows))
+            for v in VERDICTS
         ]
     lines += _sums(by_base)
     lines += _head("row_duration_seconds", "histogram", "Seconds for an adapter, when it was made.")

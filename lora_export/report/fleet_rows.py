@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import PurePath
 from typing import Protocol
 
+from lora_export import records
 from lora_export.contracts.fleet import KEPT, STATES, FleetResult, PlannedRow, Record, RowOutcome
 from lora_export.contracts.fleet_report import (
     FLEET_SCHEMA_VERSION,
@@ -17,9 +18,8 @@ from lora_export.contracts.fleet_report import (
     FleetReportBefore,
     FleetReportRow,
 )
-from lora_export.errors import LoraExportError
+from lora_export.errors import InputError
 from lora_export.escape import without_secrets
-from lora_export.storage.documents import decode, parse_json
 from lora_export.version import __version__
 
 SURVIVAL_MOVED = 0.005  # of the adapter's effect: half a percentage point
@@ -99,8 +99,8 @@ def from_outcome(outcome: RowOutcome, made: str) -> FleetReportRow:
         name=outcome.name, base="", adapters=(), state=outcome.state, key=outcome.key, place=outcome.place,
         report=outcome.report, seconds=outcome.seconds, attempts=outcome.attempts, stages=outcome.stages,
         memory_bytes=outcome.memory_bytes, survival=figures.survival, delta_survival=figures.delta_survival,
-        kl=figures.kl, ratio=figures.ratio, nbytes=figures.nbytes, checks=figures.checks, failed=figures.failed,
-        error=outcome.error, warnings=outcome.warnings, made=made,
+        kl=figures.kl, ratio=figures.ratio, verdict=figures.verdict, nbytes=figures.nbytes, checks=figures.checks,
+        failed=figures.failed, error=outcome.error, warnings=outcome.warnings, made=made,
     )  # fmt: skip
 
 
@@ -136,8 +136,8 @@ def of_record(record: Record, row: FleetReportRow) -> FleetReportRow:
 def read_record(raw: bytes) -> Record | None:
     """record.json; None for one that cannot be read, which `verify` tells of."""
     try:
-        return decode(parse_json(raw, len(raw)), Record, "the record", "record.json")
-    except (LoraExportError, ValueError):
+        return records.decoded(raw, records.NAME)
+    except InputError:
         return None
 
 

@@ -10,7 +10,7 @@ from lora_export.contracts.fleet import STATES, State
 from lora_export.contracts.fleet_report import FleetChange, FleetReport, FleetReportRow
 from lora_export.escape import one_line
 from lora_export.report.fleet_plots import Point, histogram
-from lora_export.wording import DASH, count, number, percent, seconds, size
+from lora_export.wording import DASH, VERDICTS, count, number, percent, seconds, size
 
 Tone = Literal["good", "bad", "unsure", "off"]
 WORDS: Mapping[State, str] = {
@@ -64,6 +64,8 @@ def headline(report: FleetReport) -> list[str]:
     said = [f"{report.totals[state]:,} {WORDS[state]}" for state in STATES if report.totals.get(state)]
     sentences = [f"{', '.join(said)}." if said else "Nothing was asked for."]
     sentences += [f"The run took {duration(report.seconds)}."] if report.seconds else []
+    found = [f"{n:,} {words}" for v, words in VERDICTS.items() if (n := sum(r.verdict == v for r in report.rows))]
+    sentences += [f"Latency against the base: {', '.join(found)}."] if found else []
     if lowest := worst_survival(report.rows)[:1]:
         sentences.append(
             f"Least of an adapter's effect that is kept: {share(lowest[0].survival)} ({lowest[0].name})."

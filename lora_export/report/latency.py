@@ -13,6 +13,11 @@ _RATE = "Tokens per second"
 ARMS_HEAD = ("Arm", "p50, ms", "p95, ms", "p99, ms", _RATE, "÷ base", "Memory")
 PARTS_HEAD = ("Part", "Optimized graph", "Nodes", "Canonical hash")
 PICTURES_HEAD = ("Arm", "A picture, seconds", "Steps", "Pixels")
+BY_VALUES = (
+    "Values of weights are no part of the graph. Denormal, infinite or NaN weights slow some processors down, "
+    "tokens that choose other experts read other weights, and a GPU at its power limit is faster on some values "
+    "than on others: only the timings can show that."
+)
 CONDITIONS_HEAD = ("Cell", "Reading", "Minimum", "Median", "Maximum")
 _READINGS = {
     "load": "load average",
@@ -61,10 +66,27 @@ def sentence(bench: BenchmarkResult) -> str:
         worst = max((c.ratio for c in slow if c.ratio), default=None)
         text = f"On {provider} it is slower than the base in {len(slow)} of {count(len(cells), 'cell')}"
         return text + (f", by up to {percent(worst - 1, 1)}." if worst else ".")
+    if bench.verdict == "equivalent_by_structure":
+        return (
+            f"On {provider} it is equivalent to the base by structure: both are one optimized graph, for all "
+            f"shapes of its inputs.{_checked(bench)} No test at {_margin(bench, 0)} is claimed."
+        )
     text = f"The latency comparison on {provider} was inconclusive; the reasons are below."
-    if bench.graph_identical:
+    if bench.graph_identical:  # a report from before this had a verdict of its own
         text += " The optimized graphs of base and merged are identical, so the graph cannot make a difference."
     return text
+
+
+def _checked(bench: BenchmarkResult) -> str:
+    """What was measured beside a verdict that does not rest on it."""
+    cells = [(c.ratio, c.ci_low, c.ci_high) for c in bench.cells if c.ratio and c.ci_low and c.ci_high]
+    if not cells:
+        return ""
+    ratios, lows, highs = zip(*cells, strict=True)
+    many = f"in {len(cells)} cells, from {ratio(min(ratios))} to {ratio(max(ratios))}"
+    where = many if len(cells) > 1 else ratio(ratios[0])
+    of = "90 % intervals within" if len(cells) > 1 else "90 % interval"
+    return f" Measured ratio {where} ({of} {interval(min(lows), max(highs))})."
 
 
 def _margin(bench: BenchmarkResult, decimals: int) -> str:
@@ -88,7 +110,7 @@ def rows(bench: BenchmarkResult) -> list[Row]:
             percent(c.noise_floor),
             ratio(c.unmerged_ratio),
             number(c.pairs) + (f" in {c.sessions} sets" if c.sessions > 1 else ""),
-            c.verdict,
+            wording.VERDICTS[c.verdict],
         )
         for c in bench.cells
     ]
@@ -152,7 +174,7 @@ def facts(bench: BenchmarkResult) -> list[Row]:
         *([("Nodes by provider", _placement(graph.placement))] if graph and graph.placement else []),
         ("Margin, set before measuring", f"±{percent(margin, 1)}"),
         ("Noise floor (base against itself)", percent(bench.noise_floor)),
-        ("Time", wording.seconds(bench.seconds)),
+        ("Time", wording.seconds(bench.seconds) + (", ended early" if bench.ended_early else "")),
     ]
 
 
@@ -185,7 +207,10 @@ def _condition(name: str, values: tuple[float | str, ...]) -> Row:
 
 def forest_caption(bench: BenchmarkResult) -> str:
     text = "Merged against the base with its 90 % interval; in grey, the base against itself."
-    return f"{text} The band is the margin of {_margin(bench, 1)}." if margin_of(bench) else text
+    text += f" The band is the margin of {_margin(bench, 1)}." if margin_of(bench) else ""
+    if bench.verdict == "equivalent_by_structure":
+        text += " Equivalent by structure: whether an interval lies in the band does not matter."
+    return text
 
 
 def overheads_caption(bench: BenchmarkResult) -> str:
@@ -205,7 +230,6 @@ def method(bench: BenchmarkResult) -> list[str]:
     arms = list(dict.fromkeys(one_line(name) for c in bench.cells for name in c.arms))
     sets = _sets(bench)
     names = f" ({', '.join(arms)})" if arms else ""
-    controls = sorted({one_line(c.control) for c in bench.cells if c.control})
     return [
         f"All arms{names} and a second session of the base ran in one process, with the same options and the "
         "same bound buffers, and were warmed up until their medians stopped drifting.",
@@ -218,6 +242,27 @@ def method(bench: BenchmarkResult) -> list[str]:
             if sets > 1
             else "is bootstrapped from runs of neighbouring blocks, because neighbouring blocks are correlated."
         ),
+        *_rule(bench),
+    ]
+
+
+def _rule(bench: BenchmarkResult) -> list[str]:
+    """How the verdict follows, in the last two sentences."""
+    if bench.verdict == "equivalent_by_structure":
+        end = (
+            "It was a check: it ended as soon as merged was not slower, because nothing else could change the "
+            "verdict; --max-time measures until the noise allows a test."
+            if bench.ended_early
+            else f"The test at {_margin(bench, 1)} did not pass in every cell; the notes say why."
+        )
+        return [
+            "“Equivalent by structure” means that ONNX Runtime makes the same graph of base and merged, on the "
+            "same provider, and that merged was not measured slower by more than the margin, or not again in other "
+            "sessions.",
+            end,
+        ]
+    controls = sorted({one_line(c.control) for c in bench.cells if c.control})
+    return [
         f"“Equivalent” means that the whole interval lies within {_margin(bench, 1)}, a margin that was set before "
         "measuring (two one-sided tests at 5 %). The noise alone decides how many blocks are measured, never the "
         "difference.",
@@ -239,8 +284,11 @@ def limits(bench: BenchmarkResult) -> list[str]:
             "Tokenizing, sampling, scheduling requests and sending data to a client",
         )
     )
+    by_structure = bench.verdict == "equivalent_by_structure"
     texts = [
-        f"Only these {of} were measured: {shapes}.",
+        f"Only these {of} were measured: {shapes}."
+        + (" For all others the graph alone speaks." if by_structure else ""),
+        *([BY_VALUES] if by_structure else []),
         f"{beyond} are not included.",
         f"It holds for this machine, these versions and this execution provider{one_set}.",
         "It does not cover throughput under load, when many requests compete.",

@@ -23,6 +23,7 @@ from lora_export.report.drawing import (
     svg,
 )
 from lora_export.report.latency import cell_name, margin_of
+from lora_export.wording import VERDICTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,7 +116,7 @@ def forest(bench: BenchmarkResult) -> str | None:
                 ax.plot([-100 * floor, 100 * floor], [row - 0.25, row - 0.25], color=BASE, lw=4, alpha=0.5)
             _interval(ax, row, cell.ci_low, cell.ci_high, color=MERGED, lw=2)
             ax.plot(100 * (ratio - 1), row, "o", color=MERGED, ms=5.5, markeredgewidth=0)
-        ax.set_yticks(range(len(cells)), [cell_name(cell) for cell, _ in cells])
+        ax.set_yticks(range(len(cells)), [f"{cell_name(c)}\n{VERDICTS[c.verdict]}" for c, _ in cells])
         ax.set_ylim(-0.7, len(cells) - 0.4)
         low, high = ax.get_xlim()
         reach = 1.5 * 100 * (margin or 0.01)

@@ -30,6 +30,11 @@ def markdown(report: Report, comparison: Sequence[story.Row] = ()) -> str:
             "",
             *_table(budget.HEAD, rows, "rrrrrrl"),
         ]
+    if report.cache:
+        notes = [line for note in report.cache.notes for line in ("", escaped(note))]
+        rows = story.cache_rows(report.cache)
+        table = ["", *_table(story.CACHE_HEAD, rows, "llll")] if rows else []
+        lines += ["", "## What was known of the base", *notes, *table]
     if comparison:
         table = _table(("", "this run", "the other run"), comparison, "lrr")
         lines += ["", "## Compared with another run", "", *table]

@@ -9,6 +9,7 @@ from typing import Literal
 from lora_export import wording
 from lora_export.contracts import (
     BenchmarkResult,
+    CacheUse,
     ExportResult,
     MergeResult,
     NamedAdapter,
@@ -28,11 +29,13 @@ Row = tuple[str, ...]
 PERPLEXITY_HEAD = ("Model", "Perplexity", "Against the base", "Tokens")
 BASES_HEAD = ("Merged into", "Perplexity", "KL from the trained model, nats")
 SURVIVAL_HEAD = ("Model", "Adapter effect retained", "KL base → merged, nats", "KL merged → model, nats")
+CACHE_HEAD = ("Of the base", "Found", "SHA-256", "Note")
 RECORDS_HEAD = ("Tensor", "‖ΔW‖ / ‖W‖", "Survived", "Kind")
 
 _NOT_VALIDATED = "The merged model was not checked against the unmerged one."
 _TONES: Mapping[str, Tone] = {
     "Passed": "good", "passed": "good", "done": "good", "identical": "good", "equivalent": "good",
+    "equivalent by structure": "good",
     "failed": "bad", "slower": "bad",
     "No verdict": "unsure", "differs": "unsure", "inconclusive": "unsure",
     "not run": "off", "not compared": "off",
@@ -67,7 +70,7 @@ def badges(report: Report) -> list[Badge]:
         Badge("Validation", ("passed" if validate.passed else "failed") if validate else "not run"),
         Badge("Export", "done" if export else "not run"),
         *([Badge("Graph", wording.GRAPH[bench.graph_identical])] if bench else []),
-        Badge("Latency", bench.verdict if bench else "not run"),
+        Badge("Latency", wording.VERDICTS[bench.verdict] if bench else "not run"),
     ]
 
 
@@ -264,6 +267,19 @@ def _calibration_facts(export: ExportResult) -> list[Row]:
 
 def file_rows(export: ExportResult) -> list[Row]:
     return [(one_line(name), size(n)) for name, n in sorted(export.files.items())]
+
+
+def cache_rows(use: CacheUse) -> list[Row]:
+    """What was taken from the cache and what was computed, each with its SHA-256."""
+    return [
+        (
+            one_line(part.what),
+            "from the cache" if part.taken else "computed",
+            _joined(f"{name} {digest}" for name, digest in part.sha256.items()),
+            one_line(part.note) or DASH,
+        )
+        for part in use.parts
+    ]
 
 
 # --- sources and options -------------------------------------------------------------------------------------

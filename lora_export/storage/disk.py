@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -134,6 +134,28 @@ def regular_size(path: Path) -> int | None:
 def written(folder: Path) -> int:
     """Bytes of all files below a folder."""
     return sum(p.lstat().st_size for p in folder.rglob("*") if not p.is_dir())
+
+
+def emptied(folder: Path) -> None:
+    """Remove a folder, also where the work has made parts of it read-only."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        for root, folders, _ in os.walk(folder):
+            for name in folders:
+                with contextlib.suppress(OSError):
+                    Path(root, name).chmod(0o700)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def bytes_in(folders: Iterable[Path]) -> int:
+    """Bytes on the disk of all files below; those that vanish meanwhile count as nothing."""
+    total = 0
+    for folder in folders:
+        for root, _, names in os.walk(folder):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    total += Path(root, name).lstat().st_blocks * 512
+    return total
 
 
 def copy_range(source: int, start: int, length: int, target: int, at: int) -> None:

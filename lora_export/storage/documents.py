@@ -53,20 +53,20 @@ def as_json(value: object) -> Any:
         return value
     if isinstance(value, (list, tuple)):
         return [as_json(v) for v in value]
-    if isinstance(value, Mapping):
-        return {str(k): as_json(v) for k, v in value.items()}
     if isinstance(value, float):  # or a subclass: a Figure, a number of NumPy
         return finite(float(value))
+    of: Any = type(value)
+    if is_dataclass(of):
+        return {name: as_json(getattr(value, name)) for name in _kept_fields(of)}
+    if isinstance(value, Mapping):
+        return {str(k): as_json(v) for k, v in value.items()}
     if isinstance(value, Path):
         return str(value)
-    of: Any = type(value)
-    return {name: as_json(getattr(value, name)) for name in _kept_fields(of)}
+    raise TypeError(f"{of.__name__} has no JSON form")
 
 
 @functools.cache
 def _kept_fields(of: type) -> tuple[str, ...]:
-    if not is_dataclass(of):
-        raise TypeError(f"{of.__name__} has no JSON form")
     return tuple(f.name for f in fields(of) if f.metadata != NOT_IN_JSON)
 
 
@@ -151,20 +151,24 @@ def elements(shape: Sequence[int]) -> int | None:
 
 def walk(document: Any, where: str | Path) -> Iterator[Any]:
     """Every value of a document, itself first. InputError if it is too deep, or if a string is not Unicode."""
-    waiting = [(document, 0)]
-    while waiting:
-        value, depth = waiting.pop()
+    level, depth = [document], 0
+    while level:
         if depth > DEEPEST:
             raise InputError(f"the JSON is nested in more than {DEEPEST} levels", where=where)
         inner: list[Any] = []
-        if isinstance(value, dict):
-            inner = [*value, *value.values()]
-        elif isinstance(value, list):
-            inner = value
-        elif isinstance(value, str) and not is_text(value):
-            raise InputError(f"{value!r} is not a Unicode string", where=where, expected="no lone surrogates")
-        yield value
-        waiting += ((item, depth + 1) for item in inner)
+        for value in level:
+            if isinstance(value, str):
+                if not value.isascii() and not is_text(value):
+                    raise InputError(
+                        f"{value!r} is not a Unicode string", where=where, expected="no lone surrogates"
+                    )
+            elif isinstance(value, dict):
+                inner += value
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+        yield from level
+        level, depth = inner, depth + 1
 
 
 def is_text(value: str) -> bool:
@@ -178,10 +182,12 @@ def is_text(value: str) -> bool:
 
 def finite(value: Any) -> Any:
     """The same JSON value with "nan", "inf" and "-inf" for what JSON has no number for."""
+    if value is None or isinstance(value, (str, int)):
+        return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(float(value))
-    if isinstance(value, Mapping):
-        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
     return value

@@ -1,9 +1,12 @@
-"""The lock of an output: one writer at a time, by a file beside it that names the process holding it."""
+"""Locks: of an output, which has one writer at a time, by a file beside it that names the process holding it; and
+of a folder that many processes read, and that nobody removes meanwhile."""
 
 import contextlib
+import fcntl
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +39,60 @@ def locked(final: Path) -> Iterator[None]:
         finally:
             # Only its holder removes it, and filelock grants no lock on a file that is gone.
             path.unlink(missing_ok=True)
+
+
+# --- folders that many read ----------------------------------------------------------------------------------
+
+
+def held(folder: Path, patience: float | None = None) -> int:
+    """A descriptor of a folder, made where it is missing, that others may hold too, and that nobody removes before
+    it is closed. OutputError if somebody is alone with it for `patience` seconds (None: wait)."""
+    until = None if patience is None else time.monotonic() + patience
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = _folder_lock(folder, fcntl.LOCK_SH | (fcntl.LOCK_NB if until is not None else 0))
+        if fd is not None:
+            return fd
+        if until is not None and time.monotonic() > until:
+            raise OutputError("another process keeps the folder to itself", where=folder)
+        time.sleep(0.01)
+
+
+def held_alone(folder: Path) -> int | None:
+    """A descriptor of a folder that nobody else holds before it is closed or shared; None where others do."""
+    return _folder_lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def share(fd: int, folder: Path) -> bool:
+    """Let others hold the folder that one was alone with; False, with the descriptor closed, if it was removed."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        if os.path.samestat(os.fstat(fd), folder.lstat()):
+            return True
+    os.close(fd)
+    return False
+
+
+def _folder_lock(folder: Path, how: int) -> int | None:
+    """A locked descriptor of what still has this name; None if it has not, or if others hold it."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, how)
+        if os.path.samestat(os.fstat(fd), folder.lstat()):
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
+
+
+# --- outputs -------------------------------------------------------------------------------------------------
 
 
 def _refuse_planted(path: Path) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,7 @@ from lora_export.storage.documents import finite, is_text, parse_json
 
 LARGEST = 256 * 2**20  # bytes of a document that grows with the number of tensors
 LARGEST_SETTINGS = 16 * 2**20  # bytes of a file of settings, such as config.json
+SETTLED = 2 * 10**9  # nanoseconds since the last change of a file, after which another change would show
 _PIECES = 4096  # of the JSON encoder, a word or a bracket each
 _LINK = "a link that leads out of the folder"
 _DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -31,6 +33,9 @@ class FileHash:
 
     sha256: str
     size: int
+
+
+_known: dict[bytes, FileHash] = {}  # of files that stay as they are
 
 
 @contextlib.contextmanager
@@ -133,6 +138,26 @@ def hashed(path: Path, root: Path | None = None) -> FileHash:
         return FileHash(digest, os.fstat(file.fileno()).st_size)
 
 
+def hashed_once(path: Path, root: Path | None = None, *, settled: bool = False) -> FileHash:
+    """As `hashed`, but once in a process for a file that stays as it is. One that was changed a moment ago could be
+    changed again without a sign of it, and is hashed each time, unless it is `settled`: nobody writes it."""
+    status = path.stat()
+    sign = status_sign(status)
+    known = _known.get(sign)
+    if known is None:
+        known = hashed(path, root)
+        quiet = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED
+        if (settled or quiet) and known.size == status.st_size:
+            _known[sign] = known
+    return known
+
+
+def status_sign(status: os.stat_result) -> bytes:
+    """What changes when a file does."""
+    parts = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
+    return b"%d %d %d %d %d" % parts
+
+
 def read_json(path: Path, *, limit: int = LARGEST) -> dict[str, Any]:
     """The JSON object in a file; anything else is an InputError that names it. `limit` is in bytes."""
     return _object(_read(path, limit), path)
@@ -185,14 +210,16 @@ def _write(path: Path, text: str) -> None:
 
 def json_text(value: Mapping[str, Any]) -> str:
     """The text of a JSON document of this tool, the same for the same document; "nan" and "inf" are words."""
-    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    import msgspec
+
+    text = json.dumps(finite(value), ensure_ascii=False, allow_nan=False)
     if not is_text(text):
         raise InputError(
             "a name is not valid UTF-8, and JSON cannot hold it",
             expected="files and folders with names in UTF-8",
             next_step="rename the files in the input folders",
         )
-    return text
+    return msgspec.json.format(text, indent=2) + "\n"  # json's own indent is written by Python's loops, slowly
 
 
 def write_settings(path: Path, value: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ import torch
 
 from lora_export.contracts import Progress
 from lora_export.errors import InputError
-from lora_export.storage.sealed import sha256
+from lora_export.storage.sealed import hashed_once, sha256
 from lora_export.validation import values as plain_values
 from lora_export.validation.comparing import sentence
 from lora_export.validation.prints import digest, fingerprint
@@ -41,7 +42,8 @@ Value = TypeVar("Value")
 class KnownBase:
     """folder: a local one, made on first use, that outlives the process (`bases/KEY/reference` of a fleet);
     most_bytes: how much of it may be filled; weights: a folder of this machine for a file with the base's weights
-    in fp32, which its processes share (None: each has its own).
+    in fp32, which its processes share (None: each has its own); stays: whether the model stays in memory for the
+    next validation of this process.
 
     The object may be passed to one validation after another of a process, one at a time.
     """
@@ -49,10 +51,12 @@ class KnownBase:
     folder: Path
     most_bytes: int = MOST_BYTES
     weights: Path | None = None
+    stays: bool = True
+    told: dict[str, tuple[str, bool]] = field(default_factory=dict)  # what → digest, and whether it was known
     _sound: dict[Path, tuple[int, int]] = field(default_factory=dict)  # files whose hash was checked → size, time
 
     def __post_init__(self) -> None:
-        self.base = KeptBase(self.weights)
+        self.base = KeptBase(self.weights, self.stays)
 
     def forget(self) -> None:
         """Free what is kept in memory; the folders stay."""
@@ -87,6 +91,7 @@ class Answers:
     trusted: bool = True
     taken: list[str] = field(default_factory=list)  # what was found, in words
     _count: int = 0
+    _mark: str = field(default_factory=lambda: f".{os.getpid()}-{secrets.token_hex(4)}-")
 
     def shelf(self, tensors: Iterable[torch.Tensor]) -> Shelf:
         """Tensors of this validation, one after another into files, so that memory does not hold them."""
@@ -109,12 +114,18 @@ class Answers:
             with contextlib.suppress(InputError):
                 value = self._read(place, known)
                 self.taken.append(what)
+                known.told[what] = place.name, True
                 return value
             self.progress.warn(f"{place} is damaged, so it is computed again")
             shutil.rmtree(place, ignore_errors=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{os.getpid()}-", dir=self._room(known)))
-        document, value = self._put(compute(), made)
-        _state(made, document)
+        known.told[what] = place.name, False
+        made = self._folder(known)
+        try:
+            document, value = self._put(compute(), made)
+            _state(made, document)
+        except OSError:  # no room there; what is not kept is computed all the same
+            shutil.rmtree(made, ignore_errors=True)
+            return self._put(compute(), Path(tempfile.mkdtemp(dir=self.scratch)))[1]
         if made.parent == known.folder and _bytes_below(known.folder) <= known.most_bytes:
             with contextlib.suppress(OSError):  # another worker was faster, and its answer is the same
                 made.rename(place)
@@ -135,15 +146,16 @@ class Answers:
         """Delete what was made in the known folder and found no room there."""
         self.rest()
         if self.known is not None and self.known.folder.is_dir():
-            for folder in self.known.folder.glob(f".{os.getpid()}-*"):
+            for folder in self.known.folder.glob(f"{self._mark}*"):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _room(self, known: KnownBase) -> Path:
+    def _folder(self, known: KnownBase) -> Path:
+        """A new one where answers are kept; in the scratch where nothing can be written there."""
         try:
             known.folder.mkdir(parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix=self._mark, dir=known.folder))
         except OSError:
-            return self.scratch
-        return known.folder if os.access(known.folder, os.W_OK) else self.scratch
+            return Path(tempfile.mkdtemp(dir=self.scratch))
 
     def _put(self, value: Any, folder: Path) -> tuple[Any, Any]:
         """(the value as a document, the value itself with its tensors in the folder)."""
@@ -224,21 +236,9 @@ def of_model(body: Any, plain: Collection[str]) -> dict[str, object]:
 def files_digest(folder: Path) -> str:
     """SHA-256 of the names and bytes of a folder's files."""
     whole = hashlib.sha256()
-    for name, found in _files(folder):
-        whole.update(f"{name} {found};".encode())
-    return whole.hexdigest()
-
-
-def _files(folder: Path) -> Iterator[tuple[str, str]]:
     for file in sorted(f for f in folder.rglob("*") if f.is_file()):
-        now = file.stat()
-        yield str(file.relative_to(folder)), _hash_once(file, now.st_size, now.st_mtime_ns, now.st_ino)
-
-
-@functools.lru_cache(maxsize=256)
-def _hash_once(file: Path, *_told: int) -> str:
-    """_told: what changes with the file."""
-    return sha256(file)
+        whole.update(f"{file.relative_to(folder)} {hashed_once(file).sha256};".encode())
+    return whole.hexdigest()
 
 
 @functools.cache

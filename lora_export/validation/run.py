@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_export.contracts import AdapterChoice, ExportedPair, Progress, ValidationOptions, ValidationResult
+from lora_export.storage.memory import importing
 
 if TYPE_CHECKING:
     from lora_export.validation.known import KnownBase
     from lora_export.validation.stages import Validation
+
+
+def prepare() -> None:
+    """Import what a validation needs, which takes seconds: torch, transformers and PEFT."""
+    with importing("peft"):
+        from lora_export.validation import stages  # noqa: F401
 
 
 def validate(
@@ -88,9 +95,14 @@ def prepared(
         )
 
 
-def seeded(options: ValidationOptions) -> ValidationOptions:
-    """With a seed; where none is given a new one is drawn, so that nobody knows in advance what is looked at."""
-    return options if options.seed is not None else replace(options, seed=secrets.randbelow(2**31))
+def seeded(options: ValidationOptions, shared: int | None = None) -> ValidationOptions:
+    """With a seed; where none is given a new one is drawn, so that nobody knows in advance what is looked at.
+
+    shared: that of all validations of one base, which then look at what is known of it.
+    """
+    if options.seed is not None:
+        return options
+    return replace(options, seed=secrets.randbelow(2**31) if shared is None else shared)
 
 
 def streams(merged: Path, max_memory: int | None) -> bool:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made
 
 _PROCESS, _RESULT = "lora_export.validation.proof.process", "proof.json"
+# What engines and proofs import, the slowest first: for `Worker.warm`.
+WARM = ("torch", "transformers.modeling_utils", _PROCESS, "onnxruntime_genai.models.builder")
 
 
 def prover(level: ProofLevel) -> "Callable[[Engine, ExportJob, Made, bool], Proof]":

@@ -18,6 +18,7 @@ from lora_export.errors import ExportError
 
 if TYPE_CHECKING:
     from lora_export.contracts import TensorSource
+    from lora_export.onnx_export.engines.isolated import Worker
 
 
 def like_earlier(options: ExportOptions) -> ExportOptions:
@@ -38,13 +39,14 @@ def merge_into(
     stage: Path,
     options: StoryOptions,
     progress: Progress,
+    worker: "Worker | None" = None,
 ) -> tuple[MergeResult, ExportResult]:
     """Merge and export in one pass; the certificate lies in `stage`, the rest of a merged folder in `outline`."""
     from lora_export.merging import CERTIFICATE, begin_stream, end_stream, plan
 
     started = time.monotonic()
     source = begin_stream(plan(base, adapters, options.merge), outline, progress)
-    exported = export_merged(base_onnx, outline, stage / "onnx", options.export, progress, source)
+    exported = export_merged(base_onnx, outline, stage / "onnx", options.export, progress, source, worker)
     seconds = time.monotonic() - started
     return end_stream(source, stage / CERTIFICATE, seconds, progress), exported
 
@@ -56,13 +58,14 @@ def export_merged(
     options: ExportOptions,
     progress: Progress,
     source: "TensorSource | None" = None,
+    worker: "Worker | None" = None,
 ) -> ExportResult:
     """The merged model with the base's graph; with one of its own where the merge changed more than weights.
 
     source: where the numbers come from, if `merged` is an outline without them; or its files with known hashes.
     """
     progress.stage("export: the merged model, with the graph of the base")
-    return with_graph_of(base_onnx, merged, output, options, progress, "the merged model", source)
+    return with_graph_of(base_onnx, merged, output, options, progress, "the merged model", source, worker=worker)
 
 
 def with_graph_of(
@@ -74,9 +77,10 @@ def with_graph_of(
     what: str,
     source: "TensorSource | None" = None,
     ready: tuple[Path, ...] = (),
+    worker: "Worker | None" = None,
 ) -> ExportResult:
-    """`model` with the graph of `earlier`; with one of its own where that does not take its weights. ready: other
-    exports of the same numbers, to copy from."""
+    """`model` with the graph of `earlier`; with one of its own where that does not take its weights. ready, worker:
+    as in `export_as`."""
     from lora_export.onnx_export import reweight
 
     try:
@@ -85,7 +89,7 @@ def with_graph_of(
         if options.graph_from is not None:
             raise
         progress.detail(f"a graph of its own: {error.found}")
-    return export_as(model, output, options, progress, what, source=source, ready=ready)
+    return export_as(model, output, options, progress, what, source=source, ready=ready, worker=worker)
 
 
 def export_as(
@@ -99,9 +103,11 @@ def export_as(
     calibrated_on: "TensorSource | None" = None,
     ready: tuple[Path, ...] = (),
     proven: bool = True,
+    worker: "Worker | None" = None,
 ) -> ExportResult:
     """calibrated_on: the numbers of the model that reads calibration texts, if not these; ready: other exports of
-    the same numbers, to copy from; proven: whether the graph is compared with PyTorch."""
+    the same numbers, to copy from; proven: whether the graph is compared with PyTorch; worker: the process to make
+    it in, a new one if None."""
     from lora_export.onnx_export import export, reweight
     from lora_export.workflows.proving import prover
 
@@ -117,6 +123,7 @@ def export_as(
         prove=prover(options.proof) if proven else None,
         calibrated_on=calibrated_on,
         ready=ready,
+        worker=worker,
         progress=progress,
     )
 
@@ -142,12 +149,14 @@ def control_of(
     options: StoryOptions,
     merged: ExportResult,
     progress: Progress,
+    worker: "Worker | None" = None,
 ) -> Control:
     """trained_on: the base in a form that others read; base: as it was given; merged: the export to be measured."""
     from lora_export.validation.reference.foreign import as_peft
 
     readable, combined = as_peft(base, adapters, work), options.merge.combine != "none"
-    made = export_unmerged(trained_on, readable, work, options.export, merged, progress, combined=combined)
+    how = options.export
+    made = export_unmerged(trained_on, readable, work, how, merged, progress, combined=combined, worker=worker)
     return Control(*made, trained_on, readable)
 
 
@@ -160,6 +169,7 @@ def export_unmerged(
     progress: Progress,
     *,
     combined: bool,
+    worker: "Worker | None" = None,
 ) -> tuple[ExportResult | None, tuple[str, ...]]:
     """The unmerged graph, or why there is none: it is a control, so a run goes on without it and says so."""
     from lora_export.onnx_export.quantize.settings import WORDS
@@ -173,10 +183,8 @@ def export_unmerged(
         how = options.quantization  # the builder measures nothing, and its graph is only compared with
         named = replace(how, keep=tuple(k for k in how.keep if k not in WORDS))
         same = replace(options, engine=exported.engine, quantization=named)
-        return (
-            export_as(trained_on, work / "unmerged", same, progress, what, adapter=adapters[0].folder),
-            (),
-        )
+        at, alone = work / "unmerged", adapters[0].folder
+        return export_as(trained_on, at, same, progress, what, adapter=alone, worker=worker), ()
     except ExportError as error:
         progress.warn(f"no unmerged graph to compare with: {error.found}")
         return None, (f"no unmerged graph: {error.found}",)

@@ -45,6 +45,7 @@ def write_report(
         benchmark=story.benchmark,
         budget=story.budget,
         pipeline=story.pipeline,
+        cache=story.cache,
     )
     write(report, stage / "report")
 

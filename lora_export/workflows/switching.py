@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.checkpoint import open_adapter_files
-from lora_export.checkpoint.adapter_files import single_file
+from lora_export.checkpoint.adapter_files import adapter_hashes, single_file
 from lora_export.checkpoint.hashing import hash_all
 from lora_export.checkpoint.pipeline import is_pipeline
 from lora_export.contracts import AdapterChoice, MergeOptions, Progress, TensorRecord
 from lora_export.errors import CheckpointError, InputError
 from lora_export.manifest import is_run
 from lora_export.merging import CERTIFICATE, MergedSource, MergePlan, begin_stream, merge_planned, plan
-from lora_export.merging.certificate.document import Certificate, FileRecord, adapter_hashes, read_certificate
+from lora_export.merging.certificate.document import Certificate, FileRecord, read_certificate
 from lora_export.merging.running.layout import one_thread_each
 from lora_export.packages.contents import is_package
 from lora_export.workflows.pipelines.switching import switch_pipeline

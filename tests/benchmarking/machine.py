@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_export.benchmarking.measure import measure
+from lora_export.benchmarking.measure import check, measure
 from lora_export.benchmarking.statistics import judge
 
 MARGIN = 0.01
@@ -74,6 +74,16 @@ def verdict(ratio: float, noise: Noise, seed: int, seconds: float = 60) -> str:
     merged = series.against("merged", "base", "again", rng=rng)
     floor = series.against("again", "base", rng=rng)
     return judge(merged, floor, None, series.blocks, MARGIN)[0]
+
+
+def suspected(ratio: float, noise: Noise, seed: int) -> bool:
+    """Whether a check of identical graphs finds merged slower, so that it is measured again in other sessions."""
+    rng = np.random.default_rng(seed)
+    machine = Machine(rng, noise)
+    arms = {"base": machine.arm(1), "again": machine.arm(1), "merged": machine.arm(ratio)}
+    series = check(arms, arm="merged", references=("base", "again"), rng=rng, clock=lambda: machine.now)
+    merged, floor = series.against("merged", "base", "again", rng=rng), series.against("again", "base", rng=rng)
+    return judge(merged, floor, None, series.blocks, MARGIN)[0] == "slower"
 
 
 def rates(ratio: float, noise: Noise, studies: int) -> dict[str, float]:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lora_export.benchmarking.measure import Series, block, joined, measure, warm_up
+from lora_export.benchmarking.measure import CHECK_BLOCKS, Series, block, check, joined, measure, warm_up
+from lora_export.benchmarking.statistics import MIN_BLOCKS
 
 
 class Clock:
@@ -70,6 +71,12 @@ def test_warm_up_stops_at_time_limit() -> None:
     assert len(clock.called) < 10
 
 
+def test_warm_up_of_long_calls_is_one_round() -> None:
+    clock = Clock()
+    medians, settled = warm_up({n: clock.arm(n, lambda i: 9000.0) for n in "ab"}, 0.01, 5.0, rng(), clock)
+    assert sorted(clock.called) == ["a", "b"] and medians == {"a": 9000.0, "b": 9000.0} and not settled
+
+
 def noisy(clock: Clock, sigma: float) -> dict[str, Callable[[], float]]:
     dice = np.random.default_rng(7)
     return {name: clock.arm(name, lambda i: float(20 * np.exp(dice.normal(0, sigma)))) for name in ("x", "y")}
@@ -129,3 +136,40 @@ def test_measure_keeps_every_sample_and_restores_gc() -> None:
     passes = round(250 / (2 * 2 * 20))
     assert {t.shape for t in series.times.values()} == {(series.blocks, 2 * passes)}
     assert gc.isenabled()
+
+
+# --- a check of arms that should not differ ------------------------------------------------------------------
+
+
+def checked(clock: Clock, ms: dict[str, float], apart: tuple[str, ...] = (), noise: float = 0.001) -> Series:
+    dice = np.random.default_rng(7)
+    arms = {
+        name: clock.arm(name, lambda i, at=at: float(at * np.exp(dice.normal(0, noise)))) for name, at in ms.items()
+    }
+    return check(arms, arm="m", references=("a", "b"), rng=rng(), clock=clock, apart=apart)
+
+
+def test_check_of_slow_calls_ends_after_few_blocks_of_one_call() -> None:
+    clock = Clock()
+    series = checked(clock, {"a": 400.0, "b": 400.0, "m": 400.0})
+    assert {t.shape for t in series.times.values()} == {(CHECK_BLOCKS, 1)}
+    for first in range(0, len(clock.called), 6):  # a block, and the same in reverse
+        assert clock.called[first : first + 3] == clock.called[first + 3 : first + 6][::-1]
+
+
+def test_check_of_short_calls_ends_after_least_blocks_of_a_test() -> None:
+    assert checked(Clock(), {"a": 1.0, "b": 1.0, "m": 1.0}).blocks == MIN_BLOCKS
+
+
+def test_check_of_noise_does_not_go_on() -> None:
+    assert checked(Clock(), {"a": 400.0, "b": 400.0, "m": 400.0}, noise=0.2).blocks == CHECK_BLOCKS
+
+
+def test_check_of_a_slower_arm_goes_on_to_least_blocks_of_a_test() -> None:
+    assert checked(Clock(), {"a": 400.0, "b": 400.0, "m": 440.0}).blocks == MIN_BLOCKS
+
+
+def test_check_runs_disturbing_arms_last_and_restores_gc() -> None:
+    clock = Clock()
+    checked(clock, {"z": 400.0, "a": 400.0, "b": 400.0, "m": 400.0}, apart=("z",))
+    assert clock.called[3::4] == ["z"] * CHECK_BLOCKS and gc.isenabled()

@@ -9,19 +9,22 @@ from scipy import stats
 from lora_export.benchmarking import statistics
 from lora_export.benchmarking.statistics import (
     MIN_BLOCKS,
+    NOT_NUMBERS,
     Interval,
     _circular_blocks,
     _small_sample_stretch,
     blocks_needed,
     judge,
     log_ratios,
+    on_one_graph,
     overall,
     percentiles,
     ratio_interval,
     trimmed_mean,
 )
+from lora_export.choices import Verdict
 
-from .machine import MARGIN, NOISES, Noise, rates
+from .machine import MARGIN, NOISES, Noise, rates, suspected
 
 
 def interval(low: float, high: float) -> Interval:
@@ -264,8 +267,30 @@ def test_verdict_from_session_sets(sessions: int, merged: tuple[float, float], v
     assert judge(interval(*merged), QUIET, SLOW, 20, MARGIN, sessions=sessions) == (verdict, reason)
 
 
+@pytest.mark.parametrize(
+    ("found", "reason", "early", "verdict", "why"),
+    [
+        ("slower", "", False, "slower", ""),
+        ("slower", "", True, "slower", ""),
+        ("equivalent", "", False, "equivalent", ""),
+        ("equivalent", "", True, "equivalent_by_structure", ""),
+        ("inconclusive", "noise", True, "equivalent_by_structure", ""),
+        ("inconclusive", "noise", False, "equivalent_by_structure", "no test at ±1.00% is claimed: noise"),
+        ("inconclusive", NOT_NUMBERS, False, "inconclusive", NOT_NUMBERS),
+        ("inconclusive", NOT_NUMBERS, True, "inconclusive", NOT_NUMBERS),
+    ],
+)
+def test_verdict_on_one_graph_needs_no_test(
+    found: Verdict, reason: str, early: bool, verdict: Verdict, why: str
+) -> None:
+    assert on_one_graph(found, reason, MARGIN, ended_early=early) == (verdict, why)
+
+
 def test_overall_verdict_is_worst_cell() -> None:
     assert overall(["equivalent", "slower", "inconclusive"]) == "slower"
+    assert overall(["equivalent_by_structure", "slower"]) == "slower"
+    assert overall(["equivalent_by_structure", "inconclusive", "equivalent"]) == "inconclusive"
+    assert overall(["equivalent", "equivalent_by_structure"]) == "equivalent_by_structure"
     assert overall(["equivalent", "inconclusive"]) == "inconclusive"
     assert overall(["equivalent", "equivalent"]) == "equivalent"
     assert overall([]) == "inconclusive"
@@ -288,6 +313,11 @@ def test_simulated_three_percent_is_slower() -> None:
 
 def test_simulated_noisy_machine_is_inconclusive() -> None:
     assert rates(1.0, Noise(own=0.1, mood=0.1), 4)["inconclusive"] == 1
+
+
+def test_simulated_check_suspects_what_is_slower_and_seldom_what_is_not() -> None:
+    found = {ratio: sum(suspected(ratio, Noise(), seed) for seed in range(40)) for ratio in (1.0, 1.1)}
+    assert found[1.0] <= 3 and found[1.1] >= 36
 
 
 @pytest.mark.slow

@@ -99,6 +99,7 @@ ASKED_FOR = {
         sessions size steps text validation-memory validation-seed""",
     "what passes": "allow-nonfinite margin min-survival tolerance",
     "what is said": "quiet",
+    "what other runs find": "cache cache-size no-cache",
     "where it is written, and what is run": "converter dry-run force key output private push run runtime sign",
     "which rows of a fleet are worked on, and where": "again disk on retries scratch shard timeout workers",
 }

@@ -1,6 +1,7 @@
 """The benchmark of a pipeline: what a denoiser is fed, which arms there are, what is said of the graphs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from lora_export.benchmarking.buffers import Shape
+from lora_export.choices import GRIDS, Shapes
 from lora_export.commands.main import cli
 from lora_export.contracts import BenchmarkOptions, Component, Pipeline
 from lora_export.errors import InputError
@@ -121,13 +123,14 @@ class Step(torch.nn.Module):
         return (self.layer(sample),)
 
 
+SIDE = 16
 OPTIONS = BenchmarkOptions(provider="cpu", shapes=((2, 12),), max_seconds=0.4, margin=0.5)
 
 
 def test_measure_times_the_step_and_compares_the_graphs_of_all_parts(tmp_path: Path) -> None:
     base, merged = export(tmp_path / "base", 0.1), export(tmp_path / "merged", 0.2)
     step = Step()
-    result = measure(base, merged, OPTIONS, Silent(), {"pytorch": lambda device: step.to(device)})
+    result = measure(base, merged, OPTIONS, SIDE, Silent(), {"pytorch": lambda device: step.to(device)})
     (cell,) = result.cells
     assert (cell.phase, cell.batch, cell.prompt, cell.key) == ("denoise", 2, 12, "b2/p12/denoise")
     assert {"base", "merged", "pytorch"} <= cell.arms.keys()
@@ -146,15 +149,25 @@ def test_measure_of_another_graph_in_one_part_says_which(tmp_path: Path) -> None
     )
     export(base, 0.1, parts=("vae_decoder",))
     export(merged, 0.1, nodes=2, parts=("vae_decoder",))
-    result = measure(base, merged, OPTIONS, Silent())
+    result = measure(base, merged, OPTIONS, SIDE, Silent())
     assert result.graph_identical is False and result.graphs["unet"].identical
     assert result.graph_differences and all(d.startswith("vae_decoder: ") for d in result.graph_differences)
+
+
+def test_measure_of_an_equal_denoiser_beside_another_part_is_inconclusive(tmp_path: Path) -> None:
+    base, merged = (export(tmp_path / name, 0.1, parts=("unet",)) for name in ("base", "merged"))
+    export(base, 0.1, parts=("vae_decoder",))
+    export(merged, 0.1, nodes=2, parts=("vae_decoder",))
+    result = measure(base, merged, replace(OPTIONS, max_seconds=None), SIDE, Silent())
+    assert [c.verdict for c in result.cells] == ["equivalent_by_structure"]
+    assert result.verdict == "inconclusive" and not result.graph_identical
+    assert any("but vae_decoder is not, which was not measured" in note for note in result.notes)
 
 
 def test_measure_of_other_parts_is_refused(tmp_path: Path) -> None:
     base, merged = export(tmp_path / "base", 0.1), export(tmp_path / "merged", 0.2, parts=("unet",))
     with pytest.raises(InputError, match="unet, vae_decoder and unet"):
-        measure(base, merged, OPTIONS, Silent())
+        measure(base, merged, OPTIONS, SIDE, Silent())
 
 
 def pipeline(denoiser: dict[str, Any] | None, vae: dict[str, Any]) -> Pipeline:
@@ -179,10 +192,13 @@ def test_own_side_follows_the_configurations(denoiser: dict[str, Any], vae: dict
 
 
 def test_with_own_size_takes_the_batches_of_a_grid_and_leaves_other_shapes() -> None:
-    own = pipeline({"sample_size": 96}, {})
-    standard = BenchmarkOptions(shapes=((1, 128), (1, 1024), (8, 128), (8, 1024)))
-    assert with_own_size(standard, own).shapes == ((1, 96), (8, 96))
-    assert with_own_size(BenchmarkOptions(shapes=((3, 40),)), own).shapes == ((3, 40),)
+    def shapes(asked: Shapes | None, alike: bool) -> Shapes | None:
+        return with_own_size(BenchmarkOptions(shapes=asked), 96, alike=alike)[0].shapes
+
+    assert shapes(GRIDS["standard"], True) == ((1, 96), (8, 96))
+    assert shapes(((3, 40),), False) == ((3, 40),)
+    assert shapes(None, True) == ((1, 96),) and shapes(None, False) == ((1, 96), (8, 96))
+    assert "grid standard" in with_own_size(BenchmarkOptions(), 96, alike=False)[1]
 
 
 def test_refuse_without_denoiser_names_the_class() -> None:
@@ -192,7 +208,7 @@ def test_refuse_without_denoiser_names_the_class() -> None:
 
 def test_measure_of_a_denoiser_alone_takes_its_only_graph(tmp_path: Path) -> None:
     base, merged = export(tmp_path / "base", 0.1), export(tmp_path / "merged", 0.2)
-    result = measure(base / "unet", merged / "unet", OPTIONS, Silent())
+    result = measure(base / "unet", merged / "unet", OPTIONS, SIDE, Silent())
     assert result.graphs.keys() == {"denoiser"} and result.cells[0].phase == "denoise"
     told = with_pictures(result, base / "unet", merged / "unet", None, Silent())
     assert "no time of a picture: a denoiser alone makes none" in told.notes

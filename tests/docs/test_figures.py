@@ -45,7 +45,7 @@ def test_changed_result_makes_table_stale(monkeypatch: pytest.MonkeyPatch) -> No
     figures = tool("figures")
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert figures.renewed(page) == page
-    monkeypatch.setitem(figures.TABLES, "merging", lambda: "\n| 1 |\n")
+    monkeypatch.setitem(figures.TABLES, "overview", lambda: "\n| 1 |\n")
     assert figures.renewed(page) != page
 
 

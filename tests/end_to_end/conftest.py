@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+
+from lora_export.commands.main import cli
 
 ROOT = Path(__file__).parents[2]
 EXECUTABLE = Path(sys.executable).with_name("lora-export")
@@ -48,5 +51,17 @@ def run() -> Run:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert "Traceback" not in done.stderr, done.stderr
         return done.returncode, json.loads(done.stdout), done.stderr
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def run_here() -> Run:
+    """The same within this process, which has imported torch."""
+
+    def call(*words: object) -> tuple[int, dict[str, Any], str]:
+        done = CliRunner().invoke(cli, [*map(str, words), "--json"])
+        assert done.exception is None or isinstance(done.exception, SystemExit), done.exc_info
+        return done.exit_code, json.loads(done.stdout), done.stderr
 
     return call

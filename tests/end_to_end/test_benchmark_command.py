@@ -21,7 +21,7 @@ QUICK = ["--provider", "cpu", "--prompt-length", 8]
 
 
 @pytest.fixture(scope="module")
-def folders(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(run_here: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A base and an adapter of it; exports: the base, unmerged, and with a slot that the adapter is plugged
     into."""
     root = tmp_path_factory.mktemp("benchmark")
@@ -29,16 +29,16 @@ def folders(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     adapter = save_adapter(base, root / "adapter")
     kinds = {"base": [], "unmerged": ["-a", adapter, "--unmerged"], "plugged": ["-a", adapter]}
     for name, words in kinds.items():
-        code, _, talk = run("export", "-m", base, *words, "-o", root / name, "--provider", "cpu")
+        code, _, talk = run_here("export", "-m", base, *words, "-o", root / name, "--provider", "cpu")
         assert code == 0, talk
     return {path.name: path for path in root.iterdir()}
 
 
-def test_benchmark_all_arms_are_measured(folders: dict[str, Path], run: Run, tmp_path: Path) -> None:
+def test_benchmark_all_arms_are_measured(folders: dict[str, Path], run_here: Run, tmp_path: Path) -> None:
     base = folders["base"]
     words = ["-b", base, "-m", base, "-u", folders["unmerged"], "--plugged", folders["plugged"]]
     words += ["--pytorch", folders["model"], folders["adapter"], "--margin", "50%", "--max-time", "3s", *QUICK]
-    code, document, talk = run("benchmark", *words, "-o", tmp_path / "out")
+    code, document, talk = run_here("benchmark", *words, "-o", tmp_path / "out")
     assert code == 0, talk
     names = ["base", "merged", "unmerged", "plugged", "pytorch"]
     (cell,) = (c for c in document["cells"] if c["phase"] == "decode")
@@ -76,10 +76,10 @@ def with_more_work(source: Path, target: Path, times: int) -> Path:
     return target
 
 
-def test_benchmark_slower_merged_graph_fails_gate(folders: dict[str, Path], run: Run, tmp_path: Path) -> None:
+def test_benchmark_slower_merged_graph_fails_gate(folders: dict[str, Path], run_here: Run, tmp_path: Path) -> None:
     slow = with_more_work(folders["base"], tmp_path / "slow", 1600)  # many times slower, on any machine
     words = ["-b", folders["base"], "-m", slow, "--margin", "20%", "--max-time", "20s", *QUICK]
-    code, document, talk = run("benchmark", *words, "-o", tmp_path / "out")
+    code, document, talk = run_here("benchmark", *words, "-o", tmp_path / "out")
     assert code == 3, talk
     assert document["found"] == "the merged model is slower than the base"
     assert document["where"] == str(tmp_path / "out.failed") and not (tmp_path / "out").exists()
@@ -100,17 +100,19 @@ def test_benchmark_slower_merged_graph_fails_gate(folders: dict[str, Path], run:
     ],
 )
 def test_benchmark_invalid_arms_and_grids_are_refused(
-    folders: dict[str, Path], run: Run, tmp_path: Path, words: list[str], expected: str
+    folders: dict[str, Path], run_here: Run, tmp_path: Path, words: list[str], expected: str
 ) -> None:
     given = [word.format(**{name: str(path) for name, path in folders.items()}) for word in words]
-    code, document, talk = run("benchmark", "-m", folders["base"], *given, *QUICK, "-o", tmp_path / "out")
+    code, document, talk = run_here("benchmark", "-m", folders["base"], *given, *QUICK, "-o", tmp_path / "out")
     assert code == 1 and expected in document["found"], talk
     assert document["next"] and not (tmp_path / "out").exists()
 
 
-def test_merge_and_export_extra_arms_need_one_adapter(folders: dict[str, Path], run: Run, tmp_path: Path) -> None:
+def test_merge_and_export_extra_arms_need_one_adapter(
+    folders: dict[str, Path], run_here: Run, tmp_path: Path
+) -> None:
     words = ["-b", folders["model"], "-a", f"{folders['adapter']}:0.5", "-o", tmp_path / "out", "--provider", "cpu"]
-    code, document, talk = run("merge-and-export", *words, "--arm", "plugged")
+    code, document, talk = run_here("merge-and-export", *words, "--arm", "plugged")
     assert code == 1 and document["found"] == "--arm plugged with adapter weights 0.5", talk
 
 
@@ -126,8 +128,10 @@ def test_benchmark_paper_grid_matches_paper() -> None:
     assert GRIDS["paper"] == ((1, 128), (16, 256), (32, 512))
 
 
-def test_export_unmerged_needs_one_adapter(folders: dict[str, Path], run: Run, tmp_path: Path) -> None:
+def test_export_unmerged_needs_one_adapter(folders: dict[str, Path], run_here: Run, tmp_path: Path) -> None:
     adapter: Any = folders["adapter"]
     for given in ([], ["-a", adapter, "-a", adapter]):
-        code, document, talk = run("export", "-m", folders["model"], *given, "--unmerged", "-o", tmp_path / "out")
+        code, document, talk = run_here(
+            "export", "-m", folders["model"], *given, "--unmerged", "-o", tmp_path / "out"
+        )
         assert code == 1 and document["found"] == f"--unmerged with {len(given) // 2} adapters", talk

@@ -20,12 +20,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def story(inputs: tuple[Path, Path], run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def story(inputs: tuple[Path, Path], run_here: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     base, adapter = inputs
     out = tmp_path_factory.mktemp("out") / "run"
-    words = ["--provider", "cpu", "--max-time", "6s", "--prompt-length", 8, "--margin", "50%"]
+    words = ["--provider", "cpu", "--max-time", "3s", "--prompt-length", 8, "--margin", "50%"]
     arms = ["--arm", "plugged", "--arm", "pytorch"]
-    code, document, talk = run("merge-and-export", "-b", base, "-a", adapter, "-o", out, *words, *arms)
+    code, document, talk = run_here("merge-and-export", "-b", base, "-a", adapter, "-o", out, *words, *arms)
     assert code == 0, talk
     return out, document
 
@@ -39,7 +39,7 @@ def test_merge_and_export_json_has_one_key_per_stage(story: tuple[Path, Any]) ->
     assert document["export"]["engine"] == "genai"
     assert document["benchmark"]["graph_identical"] is True
     assert document["benchmark"]["provider"] == "cpu"
-    assert document["benchmark"]["verdict"] in ("equivalent", "inconclusive")
+    assert document["benchmark"]["verdict"] in ("equivalent", "equivalent_by_structure")
     for cell in document["benchmark"]["cells"]:
         assert list(cell["arms"]) == ["base", "merged", "unmerged", "plugged", "pytorch"]
         assert cell["kv_in_place"] and cell["control"] == "unmerged"
@@ -148,7 +148,9 @@ def test_merge_and_export_lost_adapter_is_kept_aside(inputs: tuple[Path, Path], 
     assert report["validate"]["adapter_survival"][0]["model"] == "onnx int4"
 
 
-def test_merge_and_export_failed_gate_is_kept_aside(inputs: tuple[Path, Path], run: Run, tmp_path: Path) -> None:
+def test_merge_and_export_failed_gate_is_kept_aside(
+    inputs: tuple[Path, Path], run_here: Run, tmp_path: Path
+) -> None:
     """A number that is none, and leave to take it: no output is what it should be."""
     base, adapter = inputs
     spoiled = tmp_path / "adapter"
@@ -159,7 +161,7 @@ def test_merge_and_export_failed_gate_is_kept_aside(inputs: tuple[Path, Path], r
     next(t for name, t in sorted(tensors.items()) if "lora_B" in name)[0, 0] = float("nan")
     save_file(tensors, spoiled / "adapter_model.safetensors")
     words = ["--provider", "cpu", "--allow-nonfinite"]
-    code, _, talk = run("merge-and-export", "-b", base, "-a", spoiled, "-o", tmp_path / "run", *words)
+    code, _, talk = run_here("merge-and-export", "-b", base, "-a", spoiled, "-o", tmp_path / "run", *words)
     assert code == 3, talk
     assert not (tmp_path / "run").exists()
     failed = tmp_path / "run.failed"

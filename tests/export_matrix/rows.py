@@ -8,8 +8,9 @@ import tempfile
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from lora_export.contracts import ExportOptions
+from lora_export.contracts import ExportOptions, ExportResult
 from lora_export.onnx_export import export
 from lora_export.progress import Silent
 from lora_export.workflows.proving import prover
@@ -23,12 +24,17 @@ ROWS: Mapping[str, Row] = {
 }  # fmt: skip
 
 
+def exported(row: Row, folder: Path, seed: int = 7) -> tuple[Any, ExportResult]:
+    """The model, and its export, which has passed the proof."""
+    model = row.save(folder / "model", seed)
+    options = ExportOptions("fp32", "cpu")
+    return model, export(folder / "model", folder / "onnx", options, prove=prover(options.proof), progress=Silent())
+
+
 def difference(row: Row, folder: Path) -> tuple[str, float]:
     """The engine, and the largest difference from PyTorch, relative to the largest value of an output, over shapes
-    that were not traced. The comparison is not that of the proof, which the export has passed."""
-    model = row.save(folder / "model")
-    options = ExportOptions("fp32", "cpu")
-    result = export(folder / "model", folder / "onnx", options, prove=prover(options.proof), progress=Silent())
+    that were not traced. The comparison is not that of the proof."""
+    model, result = exported(row, folder)
     return result.engine, row.compare(result, model)
 
 

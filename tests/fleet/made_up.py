@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lora_export import records
 from lora_export.contracts.fleet import FleetResult, FleetRow, PlannedRow, Record, RowFigures, RowOutcome, State
-from lora_export.fleet import records
 
 Made = tuple[FleetResult, tuple[PlannedRow, ...]]
 
@@ -63,6 +63,7 @@ def _outcome(plan: PlannedRow, state: State, draw: random.Random) -> RowOutcome:
         survival=(draw.betavariate(40, 25) if state == "gate" else draw.betavariate(400, 8)) if measured else None,
         delta_survival=draw.betavariate(900, 2) if measured else None,
         kl=draw.lognormvariate(-6 if state == "done" else -2, 0.8) if measured else None,
+        verdict="equivalent_by_structure" if measured else None,
         nbytes=int(draw.gauss(5.4e8, 4e6)) if state == "done" else None,
         checks=31 if measured else 0,
         failed=2 if state == "gate" else 0,

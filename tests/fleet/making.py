@@ -10,8 +10,8 @@ from typing import Any
 from lora_export.checkpoint.sources import adapter_choices
 from lora_export.contracts import StoryOptions
 from lora_export.contracts.fleet import FleetRow, PlannedRow, RowOutcome, Task
-from lora_export.fleet.hashes import Hashes
-from lora_export.fleet.keys import base_inputs, key_of, row_inputs
+from lora_export.keys.hashes import Hashes
+from lora_export.keys.inputs import base_inputs, key_of, row_inputs
 from lora_export.workflows.fleet import prepared, work
 from lora_export.workflows.fleet.base import why_alone
 
@@ -40,7 +40,7 @@ def planned(base: Path, adapter: Path, how: StoryOptions | None = None, **row: A
     files = hashes.of(base)
     alone = why_alone(made, base, choices)
     key = key_of(row_inputs(made, files, [(hashes.of(c.folder), c.weight) for c in choices]))
-    return PlannedRow(made, key, "" if alone else key_of(base_inputs(made, files)), alone)
+    return PlannedRow(made, key, "" if alone else key_of(base_inputs(made.options, files)), alone)
 
 
 @contextmanager

@@ -5,8 +5,8 @@ import secrets
 from pathlib import Path
 
 from lora_export.contracts import Record, RowOutcome
-from lora_export.fleet.records import SCHEMA_VERSION, decoded
 from lora_export.fleet.stores import Store
+from lora_export.records import SCHEMA_VERSION, decoded
 
 KEY = "ab" * 32
 PLACE = f"objects/{KEY}"

@@ -67,6 +67,7 @@ def test_figures_of_a_failed_run_are_those_of_its_report() -> None:
     figures = figures_of(report)
     assert figures.checks == len(report.validate.checks) > 0 and figures.failed == 1
     assert figures.survival == min(s.share for s in report.validate.adapter_survival if s.share is not None)
+    assert report.benchmark is not None and figures.verdict == report.benchmark.verdict
     assert figures_of(replace(report, merge=None, validate=None, benchmark=None)) == RowFigures()
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from lora_export import records
 from lora_export.contracts import (
     FleetReport,
     Record,
     RowFigures,
 )
-from lora_export.fleet import records
 from lora_export.fleet.stores.protocol import opened
 from lora_export.report import fleet_document, fleet_metrics, fleet_page, fleet_story
 from lora_export.report.fleet_plots import Point, histogram
@@ -111,6 +111,19 @@ def test_stages_sum_up_rows_and_what_they_share(made: Made, place: FolderPlace) 
     assert rows["validate"][1] == str(sum("validate" in r.stages for r in report.rows))
     assert rows["reference (base)"][3] == "240.0 s" or rows["reference (base)"][3] == "4 min 00 s"
     assert sum(float(r[4].rstrip("%")) for r in rows.values()) == pytest.approx(100, abs=0.5)
+
+
+def test_pages_say_the_verdicts_on_latency(made: Made, place: FolderPlace) -> None:
+    first = next(i for i, row in enumerate(made[0].rows) if row.state == "done")
+    report, page, text, prom = written(with_row(made, first, figures=RowFigures(verdict="slower")), place)
+    assert report.rows[first].verdict == "slower"
+    same = sum(r.verdict == "equivalent_by_structure" for r in report.rows)
+    assert f"Latency against the base: {same} equivalent by structure, 1 slower." in page.words
+    assert f"{same} equivalent by structure, 1 slower" in text
+    found = {of: v for (name, of), v in samples(prom).items() if name.endswith("latency_verdicts")}
+    assert len(found) == 4 * len(report.bases)
+    assert sum(v for of, v in found.items() if 'verdict="equivalent_by_structure"' in of) == same
+    assert sum(v for of, v in found.items() if 'verdict="slower"' in of) == 1
 
 
 def test_claims_say_what_was_measured_in_the_words_of_the_record(made: Made, tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def test_plan_loads_no_torch(base: Path, tmp_path: Path) -> None:
 def test_plan_opens_no_file_of_an_adapter_that_it_knows(
     base: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_export.fleet import hashes
+    from lora_export.keys import hashes
 
     monkeypatch.setattr(hashes, "_SETTLED", -(10**12))
     several = rows(base, *(adapter(tmp_path / f"a{n}", n) for n in range(30)))

@@ -17,7 +17,7 @@ import pytest
 from lora_export.contracts.fleet import RowOutcome
 from lora_export.errors import RuntimeUnavailable, WorkerLost
 from lora_export.fleet.engines import ray_cluster, ray_words
-from lora_export.fleet.engines.ray import RayEngine, measures_on_gpu
+from lora_export.fleet.engines.ray import RayEngine, RaySlot, measures_on_gpu
 from lora_export.fleet.engines.ray_worker import ROOT_ID, Meeting, RayWorker, own_cores, versions
 from tests.fleet import deeds, fakes
 from tests.fleet.cluster import gone, workers
@@ -155,6 +155,26 @@ def test_gpu_is_asked_for_by_measurements_alone(tmp_path: Path) -> None:
     assert measures_on_gpu(replace(task, planned=replace(shared, base_key="")))
     assert not measures_on_gpu(replace(task, planned=shared)), "it takes over its base's measurement"
     assert not measures_on_gpu(replace(task, kind="base", planned=row))
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_gpu_measurement_has_a_worker_of_its_own_or_says_that_there_is_no_room(room: bool) -> None:
+    asked, ended, greeted = list[int](), list[object](), list[object]()
+    worker = SimpleNamespace(begun="begun")
+    engine = SimpleNamespace(
+        actor=lambda gpus: asked.append(gpus) or worker,
+        ray=SimpleNamespace(wait=lambda waiting, timeout: (waiting if room else [], [])),
+        end=ended.append,
+        greet=greeted.append,
+    )
+    slot: Any = SimpleNamespace(_engine=engine)
+    if room:
+        assert RaySlot._with_gpu(slot, 3.0) is worker and greeted == [worker] and not ended
+    else:
+        with pytest.raises(RuntimeUnavailable, match="no room for a worker for 3 s") as refused:
+            RaySlot._with_gpu(slot, 3.0)
+        assert refused.value.expected == "a node with a free GPU" and ended == [worker]
+    assert asked == [1]
 
 
 def test_watcher_ends_what_a_killed_worker_started_and_removes_its_folder(tmp_path: Path) -> None:

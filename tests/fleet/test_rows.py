@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from lora_export.contracts import RowOutcome, Source, StoryOptions
 from lora_export.contracts.fleet import PlannedRow
 from lora_export.errors import OutputError
-from lora_export.fleet.records import decoded
 from lora_export.fleet.stores.folder import FolderStore
+from lora_export.records import decoded
 from lora_export.storage.sealed import hashed
 from lora_export.workflows.fleet import prepared
 from tests.fleet.making import carry_out, node, options, planned, with_short_texts
@@ -285,6 +285,7 @@ def test_manifest_of_many_runs_hashes_a_base_once_and_again_when_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lora_export import manifest
+    from lora_export.storage import sealed
 
     read: list[Path] = []
 
@@ -292,15 +293,15 @@ def test_manifest_of_many_runs_hashes_a_base_once_and_again_when_it_changes(
         read.append(path)
         return hashed(path, root)
 
-    monkeypatch.setattr(manifest, "hashed", counted)
-    monkeypatch.setattr(manifest, "_SETTLED", -1)
-    monkeypatch.setattr(manifest, "_known", {})
+    monkeypatch.setattr(sealed, "hashed", counted)
+    monkeypatch.setattr(sealed, "SETTLED", -1)
+    monkeypatch.setattr(sealed, "_known", {})
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"one")
-    first = manifest._input_hashes(tmp_path, manifest._hashed_once)
-    assert manifest._input_hashes(tmp_path, manifest._hashed_once) == first and len(read) == 1
+    first = manifest._input_hashes(tmp_path, sealed.hashed_once)
+    assert manifest._input_hashes(tmp_path, sealed.hashed_once) == first and len(read) == 1
     file.write_bytes(b"two")
-    assert manifest._input_hashes(tmp_path, manifest._hashed_once) != first and len(read) == 2
+    assert manifest._input_hashes(tmp_path, sealed.hashed_once) != first and len(read) == 2
     # A verification reads what is there.
     assert not manifest.same_inputs("base_files", first, tmp_path)[0].passed
 

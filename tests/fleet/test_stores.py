@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from lora_export import records
 from lora_export.contracts import Record, StoredFile
 from lora_export.errors import InputError, LoraExportError, OutputError
-from lora_export.fleet import records
-from lora_export.fleet.records import decoded, encoded
 from lora_export.fleet.stores import Store, folder, opened, writing
 from lora_export.fleet.stores.folder import FolderStore
+from lora_export.records import decoded, encoded
 from lora_export.storage import disk
 from tests.fleet.roots import KEY, PLACE, SIZES, made, record, writer_of
 

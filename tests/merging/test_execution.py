@@ -194,6 +194,25 @@ def test_execution_on_missing_cuda_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_execution_on_a_played_cuda_moves_every_block(
+    tmp_path: Path, inputs: tuple[Path, list[AdapterChoice]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU plays the card: the way of each block to it and back."""
+    moved, to = list[object](), torch.Tensor.to
+
+    def played(self: torch.Tensor, *where: Any, **how: Any) -> torch.Tensor:
+        moved.extend(w for w in where if w == "cuda")
+        return to(self, *("cpu" if w == "cuda" else w for w in where), **how)
+
+    merge(*inputs, tmp_path / "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "to", played)
+    merge(*inputs, tmp_path / "cuda", MergeOptions(device="cuda"))
+    assert moved
+    cpu, cuda = tensors(tmp_path / "cpu"), tensors(tmp_path / "cuda")
+    assert cpu.keys() == cuda.keys() and all(torch.equal(cpu[name], cuda[name]) for name in cpu)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_execution_on_cuda_matches_cpu(tmp_path: Path, inputs: tuple[Path, list[AdapterChoice]]) -> None:

@@ -8,9 +8,10 @@ import pytest
 from onnx import numpy_helper
 
 from lora_export.contracts import ExportResult, GraphComparison
+from lora_export.onnx_export.graphs import identity
 from lora_export.onnx_export.graphs.canonical import Canonical, canonical
 from lora_export.onnx_export.graphs.checks import as_ir, load_graph, open_model
-from lora_export.onnx_export.graphs.identity import compare
+from lora_export.onnx_export.graphs.identity import compare, one_stored
 
 from .conftest import save_llama
 
@@ -66,6 +67,69 @@ def test_identity_detects_changed_attribute(exported: Exported, llama: Path, tmp
     assert not found.identical
     (difference,) = found.differences
     assert "GroupQueryAttention with scale 0.25 in the base, 0.5 in the other" in difference
+
+
+# --- equal files --------------------------------------------------------------------------------------------
+
+
+def stored(folder: Path, **changed: float) -> Path:
+    """A graph whose constants lie in a data file: a large weight, an epsilon, repeats, and codes."""
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper
+
+    values = {"large": 1.0, "epsilon": 1e-5, "times": 2, "codes": 3} | changed
+    folder.mkdir()
+    weights = [
+        numpy_helper.from_array(np.full((16, 16), values["large"], np.float32), "large"),
+        numpy_helper.from_array(np.full((8,), values["epsilon"], np.float32), "epsilon"),
+        numpy_helper.from_array(np.full((4, 100), values["times"], np.float32), "times"),
+        numpy_helper.from_array(np.full((16, 16), values["codes"], np.uint8), "codes"),
+    ]
+    nodes = [
+        helper.make_node("MatMul", ["x", "large"], ["a"]),
+        helper.make_node("Cast", ["codes"], ["b"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["a", "b"], ["c"]),
+        helper.make_node("Concat", ["c", "c"], ["d"], axis=1),
+        helper.make_node("Split", ["d"], ["e", "f", "g", "h"], axis=1, num_outputs=4),
+        helper.make_node("Add", ["e", "epsilon"], ["i"]),
+        helper.make_node("ReduceMax", ["times", "one"], ["most"], keepdims=0),
+        helper.make_node("Cast", ["most"], ["fours"], to=TensorProto.INT64),
+        helper.make_node("Unsqueeze", ["i", "zero"], ["j"]),
+        helper.make_node("Unsqueeze", ["j", "zero"], ["k"]),
+        helper.make_node("Tile", ["k", "fours"], ["y"]),
+    ]
+    weights += [numpy_helper.from_array(np.array([n]), name) for n, name in enumerate(("zero", "one"))]
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 16])
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["o", "p", "q", "r"])
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", [given], [out], weights), opset_imports=[helper.make_opsetid("", 18)]
+    )
+    model.ir_version = 9
+    onnx.save(
+        model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=50
+    )
+    return folder / "model.onnx"
+
+
+@pytest.mark.parametrize(
+    ("changed", "one"),
+    [({"large": 7.0}, True), ({"epsilon": 1e-6}, False), ({"times": 3}, False), ({"codes": 4}, False)],
+)
+def test_equal_files_are_one_graph_unless_a_constant_that_counts_differs(
+    tmp_path: Path, changed: dict[str, float], one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, merged = stored(tmp_path / "base"), stored(tmp_path / "merged", **changed)
+    assert base.read_bytes() == merged.read_bytes() and one_stored(base, merged) is one
+    looked, real = [], identity.optimized
+    monkeypatch.setattr(
+        identity, "optimized", lambda model, provider: looked.append(model) or real(model, provider)
+    )
+    found = against(base, merged)
+    assert looked == ([merged] if one else [merged, base])
+    assert found.identical is ("times" not in changed)  # how often a value is repeated is work
+    merged.write_bytes(merged.read_bytes() + b"\x12\x01x")  # another producer's name
+    assert not one_stored(base, merged) and against(base, merged).identical is found.identical
 
 
 # --- the canonical form -------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from lora_export.errors import InputError
 from lora_export.packages.job import Run
 from lora_export.packages.mlflow import reading
 from lora_export.packages.mlflow.served import _load_pyfunc
+from lora_export.packages.mlflow.served.graphs import Graph
 from lora_export.packages.mlflow.served.models import Refused, rows_of
 from lora_export.packages.mlflow.served.reading import labelled, scores
 from lora_export.packages.mlflow.served.writing import Choice
@@ -98,6 +99,33 @@ def test_mlflow_code_continues_as_the_unmerged_model(decoder: tuple[Path, Path, 
     assert model.predict({"messages": chat}, {"max_tokens": 5}) == model.predict(PROMPT, {"max_tokens": 5})
     drawn = [model.predict(PROMPT, {"max_tokens": 8, "temperature": 2.0, "seed": s}) for s in (1, 1, 2, 3)]
     assert drawn[0] == drawn[1] and drawn[0] not in drawn[2:]
+
+
+def test_mlflow_on_a_gpu_continues_the_same_text(
+    packed: Packed, decoder_run: Path, played: Callable[..., None]
+) -> None:
+    """The cache stays on the device, which the CPU plays."""
+    folder = packed(decoder_run, "mlflow").output
+    config = model_of(folder)["flavors"]["python_function"]["config"]
+    played()
+    model = _load_pyfunc(str(folder), config | {"providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]})
+    assert [part.device for part in vars(model.model).values() if isinstance(part, Graph)] == ["cuda"]
+    assert model.predict(PROMPT, {"max_tokens": 8}) == loaded(folder).predict(PROMPT, {"max_tokens": 8})
+
+
+@pytest.mark.parametrize("faults", [{"compiled": False}, {"library": "libcudnn.so.9"}, {"silent": True}])
+def test_mlflow_graph_says_that_it_does_not_run_on_the_gpu(
+    faults: dict[str, Any],
+    packed: Packed,
+    encoder_run: Path,
+    played: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = packed(encoder_run, "mlflow").output / "model.onnx"
+    played(**faults)
+    graph = Graph(path, ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    assert graph.device == "cpu"
+    assert "CUDAExecutionProvider does not work here, so the model runs on CPUExecutionProvider" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import re
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,12 +26,12 @@ from lora_export.errors import InputError, OutputError
 from lora_export.packages import archive
 from lora_export.packages.interpreters import Python
 from lora_export.packages.job import PackageFacts, Sample
-from lora_export.packages.targets import targets
+from lora_export.packages.targets import target_named, targets, triton
 from lora_export.packages.tasks import task_of
 from lora_export.progress import Silent
 from lora_export.storage.sealed import hash_folder
 from lora_export.workflows import delivered
-from lora_export.workflows.packaging import package
+from lora_export.workflows.packaging import package, read_run
 from lora_export.workflows.pluggable import export_pluggable
 from tests.daily import daily, later
 from tests.packages.conftest import Packed, save_decoder, save_lora
@@ -97,7 +99,7 @@ def test_package_manifest_records_files_and_proof(made: tuple[Path, Path, str]) 
     assert manifest["certificate"]["adapter_tensors"]["used"] > 0
     assert manifest["validation"]["passed"] and manifest["validation"]["checks"]
     assert manifest["latency"]["graph_identical"] is True
-    assert manifest["latency"]["verdict"] in ("equivalent", "inconclusive")
+    assert manifest["latency"]["verdict"] in ("equivalent", "equivalent_by_structure")
 
 
 def test_package_has_only_plain_files(packed: Packed, decoder_run: Path, tmp_path: Path) -> None:
@@ -308,6 +310,32 @@ def test_package_triton_warm_up_runs(run: str, packed: Packed, request: pytest.F
         else:
             feeds[name] = np.zeros(shape, kind)
     assert np.isfinite(session.run(None, feeds)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("precision", "wanted", "made_for", "providers"),
+    [
+        ("fp16", None, "auto", ("cpu", "cuda")), ("fp16", None, "cuda", ("cuda", "cpu")),
+        ("fp16", None, "tensorrt", ("cuda", "cpu")), ("fp16", "cpu", "cuda", ("cpu", "cuda")),
+        ("fp16", "cuda", "cpu", ("cuda", "cpu")), ("bf16", "cpu", "cpu", ("cuda",)),
+    ],
+)  # fmt: skip
+def test_package_providers_are_the_wanted_one_first(
+    precision: Any, wanted: Any, made_for: Any, providers: tuple[str, ...], decoder_run: Path
+) -> None:
+    run = read_run(decoder_run, Silent())
+    options = replace(run.manifest.recorded_options, provider=made_for)
+    run = replace(run, export=replace(run.export, precision=precision))
+    run = replace(run, manifest=SimpleNamespace(recorded_options=options))
+    assert target_named("genai").providers(run, wanted) == providers
+
+
+@pytest.mark.parametrize(
+    ("provider", "wheel", "gpus"), [("cpu", "onnxruntime ", ""), ("cuda", "onnxruntime-gpu ", "--gpus all ")]
+)
+def test_package_triton_of_python_installs_what_the_provider_needs(provider: str, wheel: str, gpus: str) -> None:
+    facts: Any = SimpleNamespace(providers=(provider,), backend="python")
+    assert f"pip install {wheel}" in triton._start(facts) and f"run --rm {gpus}-" in triton._start(facts)
 
 
 def test_package_triton_on_cuda_has_cuda_options(packed: Packed, decoder_run: Path) -> None:

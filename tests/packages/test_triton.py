@@ -403,9 +403,41 @@ def test_triton_graph_answers_a_batch_as_one_by_one(loaded: Callable[..., Any]) 
     np.testing.assert_allclose(answers[1].tensors["logits"], alone[0], atol=1e-5)
 
 
-def test_triton_session_refuses_what_would_be_silent(loaded: Callable[..., Any]) -> None:
-    """No GPU, and a graph that is not beside it."""
-    with pytest.raises(RuntimeError, match="CUDA"):
+def test_triton_on_a_gpu_writes_the_same_text(loaded: Callable[..., Any], played: Callable[..., None]) -> None:
+    """States stay on the device, which the CPU plays."""
+    texts = []
+    for kind in ("CPU", "GPU"):
+        if kind == "GPU":
+            played()
+        sender, model = Sender(), loaded("adapter-generate", model_instance_kind=kind)
+        assert (model.decoder.device, model.decoder.number) == ("cuda" if kind == "GPU" else "cpu", 0)
+        goes_on = model._goes_on
+        model._goes_on = lambda text, goes_on=goes_on, model=model, sender=sender: (
+            goes_on(text) or _stop_when_all(model, [sender])
+        )
+        ask = {"text_input": np.array([PROMPT.encode()], dtype=object), "max_tokens": np.array([8])}
+        model.execute([Request(ask, sender)])
+        model.worker.join(60)
+        texts.append(sender.text)
+    assert texts[0] == texts[1] != ""
+
+
+@pytest.mark.parametrize(
+    ("faults", "told"),
+    [
+        ({"compiled": False}, "has no CUDA provider: pip install onnxruntime-gpu"),
+        ({"library": "libcudnn.so.9"}, "CUDA does not start"),
+        ({"silent": True}, "CUDA does not start"),
+    ],
+)
+def test_triton_session_refuses_what_would_be_silent(
+    faults: dict[str, Any], told: str, loaded: Callable[..., Any], played: Callable[..., None]
+) -> None:
+    played(**faults)
+    with pytest.raises(RuntimeError, match=told):
         loaded("adapter", model_instance_kind="GPU")
+
+
+def test_triton_session_without_its_graph_is_refused(loaded: Callable[..., Any]) -> None:
     with pytest.raises(RuntimeError, match="side by side"):
         loaded("adapter-generate", model_config=json.dumps({"parameters": {"graph": {"string_value": "x"}}}))

@@ -91,6 +91,23 @@ def test_report_has_percentiles_and_rates_per_arm(full: dict[str, Any], timings:
     assert "GPU 0: clock, MHz 1,200 1,980 1,980" in page.words and "throttled power limit" in page.words
 
 
+def test_report_of_a_gpu_names_cuda_graphs_and_strays(full: dict[str, Any], tmp_path: Path) -> None:
+    bench = full["benchmark"]
+    captured = [{**cell, "cuda_graph": True} for cell in bench["cells"]]
+    stray = "merged: MatMul /lm_head/MatMul ran on CPUExecutionProvider"
+    bench |= {
+        "provider": "cuda",
+        "provider_verified": False,
+        "cells": [*bench["cells"], *captured],
+        "notes": [stray],
+    }
+    page, _, text = pages(full, tmp_path)
+    for words in (page.words, text.replace("\\", "")):
+        assert "decode · batch 1 · 128 tokens · CUDA graph" in words
+        assert stray in words and "cuda, not verified" in words
+        assert "on a GPU the relative cost of an unmerged adapter is different" not in words
+
+
 def test_report_mentions_session_sets(full: dict[str, Any], tmp_path: Path) -> None:
     assert "for one set of sessions" in pages(full, tmp_path / "one")[0].words
     for cell in full["benchmark"]["cells"]:
@@ -274,6 +291,43 @@ def test_report_distinguishes_slower_and_inconclusive(full: dict[str, Any], tmp_
     full["benchmark"]["cells"][0] |= {"verdict": "slower", "ratio": 1.08}
     page, _, _ = pages(full, tmp_path)
     assert "slower than the base in 1 of 2 cells, by up to 8.0%" in page.words
+
+
+def by_structure(full: dict[str, Any], *, early: bool) -> dict[str, Any]:
+    """The same report with identical graphs, of which no test is claimed."""
+    bench = full["benchmark"]
+    for cell in bench["cells"]:
+        cell |= {"verdict": "equivalent_by_structure", "ci_low": 0.9312, "ci_high": 1.0744}
+    bench |= {"verdict": "equivalent_by_structure", "graph_identical": True, "ended_early": early}
+    return full
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_report_by_structure_gives_the_interval_and_claims_no_test(
+    full: dict[str, Any], tmp_path: Path, early: bool
+) -> None:
+    page, html, text = pages(by_structure(full, early=early), tmp_path)
+    for words in (page.words, text.replace("\\", "")):
+        assert "Latency equivalent by structure" in words and "Passed" in words
+        assert "On CPU it is equivalent to the base by structure: both are one optimized graph" in words
+        assert "Measured ratio in 2 cells, from 0.9996 to 1.0012 (90 % intervals within 0.9312 … 1.0744)." in words
+        assert "No test at ±1% is claimed." in words
+        assert "within ±1%, in" not in words and "inconclusive" not in words and "equivalent_by" not in words
+        assert "For all others the graph alone speaks." in words and "Denormal, infinite or NaN weights" in words
+        assert ("--max-time measures until the noise allows a test" in words) == early
+    assert ("61.2 s, ended early" in page.words) == early
+    assert html.count("good-mark nowrap") >= 2
+    assert "Equivalent by structure: whether an interval lies in the band does not matter." in page.words
+
+
+def test_report_by_structure_of_one_cell_names_its_ratio(full: dict[str, Any], tmp_path: Path) -> None:
+    report = by_structure(full, early=True)
+    report["benchmark"]["cells"] = report["benchmark"]["cells"][:1]
+    page, _, _ = pages(report, tmp_path / "one")
+    assert "Measured ratio 0.9996 (90 % interval 0.9312 … 1.0744)." in page.words
+    report["benchmark"]["cells"] = []
+    page, _, _ = pages(report, tmp_path / "none")
+    assert "Measured ratio" not in page.words and "by structure" in page.words
 
 
 def test_report_benchmark_without_base_is_drawn(full: dict[str, Any], tmp_path: Path) -> None:

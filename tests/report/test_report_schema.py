@@ -154,7 +154,7 @@ def test_report_of_large_model_is_drawn_quickly(full: dict[str, Any], tmp_path: 
     record = full["merge"]["records"][0]
     names = [f"model.layers.{i}.self_attn.p{j}.weight" for i in range(126) for j in range(30)]
     full["merge"]["records"] = [record | {"name": name} for name in names]
-    started = time.perf_counter()
+    started = time.process_time()
     write(full, tmp_path)
-    assert time.perf_counter() - started < 30
+    assert time.process_time() - started < 30
     assert (tmp_path / "report.html").stat().st_size < 4 * 2**20

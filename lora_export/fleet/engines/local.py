@@ -26,7 +26,8 @@ from lora_export.contracts.fleet import RowOutcome, Task
 from lora_export.errors import LoraExportError, WorkerLost
 from lora_export.fleet.engines import workers
 from lora_export.fleet.engines.sentry import Sentry, end_tree
-from lora_export.fleet.scratch import emptied, folders_of, sweep
+from lora_export.fleet.scratch import folders_of, sweep
+from lora_export.storage.disk import emptied
 from lora_export.storage.interrupts import Interrupts
 from lora_export.storage.workers import cores
 

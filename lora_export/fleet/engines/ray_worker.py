@@ -14,14 +14,9 @@ from lora_export.errors import LoraExportError
 from lora_export.fleet.engines import orphans, workers
 from lora_export.fleet.scratch import folders_of, sweep
 from lora_export.fleet.stores.protocol import opened
-from lora_export.version import __version__, installed
+from lora_export.version import LIBRARIES, __version__, installed
 
 ROOT_ID = "root-id"  # a file that tells roots apart
-# Bytes and figures depend on them: workers that differ would put another's bytes below a key.
-COMPARED = (
-    "ray", "torch", "transformers", "peft", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu",
-    "onnxruntime-genai", "onnxruntime-genai-cuda", "optimum", "bitsandbytes", "safetensors",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,9 +87,10 @@ def own_cores(threads: int, place: int) -> tuple[int, ...]:
 
 
 def versions() -> dict[str, str]:
-    """Of this tool, of Python (major and minor) and of `COMPARED`, as they are here."""
+    """Of this tool, of Python (major and minor), of Ray and of `LIBRARIES`, as they are here: workers that differ
+    would put another's bytes below a key."""
     python = ".".join(platform.python_version_tuple()[:2])
-    return {"lora-export": __version__, "python": python} | installed(COMPARED)
+    return {"lora-export": __version__, "python": python} | installed(("ray", *LIBRARIES))
 
 
 def _other_root(meeting: Meeting) -> str:

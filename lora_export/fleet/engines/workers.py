@@ -21,7 +21,8 @@ from typing import cast
 from lora_export.contracts.fleet import RowOutcome, Task
 from lora_export.errors import LoraExportError
 from lora_export.fleet.engines.protocol import Work
-from lora_export.fleet.scratch import claimed_folder, emptied
+from lora_export.fleet.scratch import claimed_folder
+from lora_export.storage.disk import emptied
 
 LOG = "log.txt"
 _LOOK = 1.0  # seconds between two looks at the parent

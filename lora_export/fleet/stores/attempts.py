@@ -12,6 +12,8 @@ import secrets
 from datetime import timedelta
 from pathlib import Path
 
+from lora_export.storage.boot import boot_id, process_numbers
+
 AGE = timedelta(days=1)  # longer than the upload of one file takes
 _NAME = re.compile(r"([0-9a-f]{8})-([0-9a-f]{8})-[0-9a-f]{16}")
 _PROC = Path("/proc")
@@ -48,11 +50,8 @@ def _living() -> set[str]:
 
 def _kernel() -> str:
     """A boot of a kernel, and the processes that can see each other there (a container has its own)."""
-    try:
-        boot = (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii")
-        return _short(f"{boot}{(_PROC / 'self/ns/pid').readlink()}")
-    except OSError:
-        return secrets.token_hex(4)  # not Linux: like another machine
+    boot, pids = boot_id(), process_numbers()
+    return _short(f"{boot}\n{pids}") if boot and pids else secrets.token_hex(4)  # not Linux: like another machine
 
 
 def _process(pid: int) -> str:

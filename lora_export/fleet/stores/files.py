@@ -13,7 +13,7 @@ from typing import IO
 
 from lora_export.contracts.fleet import Record, StoredFile
 from lora_export.errors import InputError, OutputError
-from lora_export.fleet.records import NAME, decoded
+from lora_export.records import NAME, decoded
 from lora_export.storage.disk import write_at
 from lora_export.storage.sealed import plain_path
 

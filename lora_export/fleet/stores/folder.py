@@ -17,7 +17,6 @@ from pathlib import Path
 
 from lora_export.contracts.fleet import Record, StoredFile
 from lora_export.errors import InputError
-from lora_export.fleet.records import LARGEST, NAME, encoded, finished
 from lora_export.fleet.stores.files import (
     blocks_of,
     changed,
@@ -31,6 +30,7 @@ from lora_export.fleet.stores.files import (
     written,
 )
 from lora_export.fleet.stores.writing import FOLDER, Writing, writing
+from lora_export.records import LARGEST, NAME, encoded, finished
 from lora_export.storage import disk, sealed
 
 READERS = 8  # threads that read records: a network file system answers them together

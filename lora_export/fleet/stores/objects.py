@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lora_export.contracts.fleet import Record, StoredFile
 from lora_export.errors import InputError, OutputError, UnclearError
-from lora_export.fleet.records import LARGEST, NAME, encoded, finished
 from lora_export.fleet.stores.attempts import attempt_name, give_up, given_up
 from lora_export.fleet.stores.bucket import PART, Bucket, Listed, opened_bucket
 from lora_export.fleet.stores.files import (
@@ -31,6 +30,7 @@ from lora_export.fleet.stores.files import (
     regular_files,
     written,
 )
+from lora_export.records import LARGEST, NAME, encoded, finished
 
 if TYPE_CHECKING:
     import obstore

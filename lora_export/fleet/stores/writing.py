@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lora_export.storage.boot import boot_id
+
 FOLDER = ".writing"
 AGE = 3600.0  # seconds by the clock of the file system
 TOUCH = 60.0  # seconds between two touches
@@ -148,7 +150,4 @@ def _host() -> str:
 
 def _kernel() -> str:
     """What two processes share whose locks exclude each other: a boot of a kernel, also seen from containers."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return socket.gethostname()
+    return boot_id() or socket.gethostname()

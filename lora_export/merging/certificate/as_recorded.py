@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lora_export.checkpoint import open_checkpoint
-from lora_export.checkpoint.adapter_files import adapter_tensors
+from lora_export.checkpoint.adapter_files import adapter_hashes, adapter_tensors
 from lora_export.checkpoint.hashing import hash_tensor
 from lora_export.checkpoint.header import header_bytes, read_header
 from lora_export.contracts import AdapterChoice, Findings, TensorInfo
 from lora_export.errors import CheckpointError, LoraExportError
-from lora_export.merging.certificate.document import NAME, Certificate, FileRecord, adapter_hashes
+from lora_export.merging.certificate.document import NAME, Certificate, FileRecord
 from lora_export.storage.disk import regular_size
 from lora_export.storage.sealed import plain_name, refuse_outward_link, sha256
 

@@ -22,7 +22,7 @@ from lora_export.merging.planning.combine import ELECTING, RANDOM
 from lora_export.merging.planning.plan import MergePlan
 from lora_export.merging.running.audit import Auditor
 from lora_export.storage.documents import as_json, decode
-from lora_export.storage.sealed import hashed, read_sealed, sha256, write_sealed
+from lora_export.storage.sealed import hashed, read_sealed, write_sealed
 from lora_export.version import __version__
 
 NAME = "lora_export_certificate.json"
@@ -170,10 +170,10 @@ def certificate_of(audit: Auditor, checks: Sequence[BaseCheck], files: Files) ->
                 a.kind,
                 a.weight,
                 _name(a.config.get("base_model_name_or_path")),
-                adapter_hashes(a.folder, {t.file for t in a.tensors.values()}),
+                hashes,
                 a.plugin,
             )
-            for a in plan.adapters
+            for a, hashes in zip(plan.adapters, audit.adapter_hashes, strict=True)
         ),
         tensors=plan.counts,
         adapter_tensors=AdapterTensors(used, used),
@@ -241,11 +241,6 @@ def describe_shards(plan: MergePlan) -> Files:
         )
         for s in plan.shards
     }
-
-
-def adapter_hashes(folder: Path, used: set[Path]) -> dict[str, str]:
-    """SHA-256 of an adapter's files: those that its tensors are in, and whatever is called adapter_…."""
-    return {p.name: sha256(p) for p in sorted({*folder.glob("adapter_*"), *used}) if p.is_file()}
 
 
 def _name(base_model: object) -> str | None:

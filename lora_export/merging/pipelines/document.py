@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 from blake3 import blake3
 
+from lora_export.checkpoint.adapter_files import adapter_hashes
 from lora_export.contracts import AdapterFormat, MergeOptions
 from lora_export.contracts.figures import Figure
 from lora_export.contracts.option import kept
 from lora_export.errors import InputError
-from lora_export.merging.certificate.document import NAME, MergeTool, adapter_hashes, read_certificate
+from lora_export.merging.certificate.document import NAME, MergeTool, read_certificate
 from lora_export.merging.pipelines.planning import PipelinePlan
 from lora_export.storage.disk import regular_size
 from lora_export.storage.documents import as_json, decode

@@ -3,6 +3,7 @@
 import threading
 from dataclasses import dataclass, field, replace
 
+from lora_export.checkpoint.adapter_files import adapter_hashes
 from lora_export.contracts import TensorRecord
 from lora_export.errors import CheckpointError
 from lora_export.merging.planning.plan import MergePlan, PlannedTensor
@@ -25,6 +26,7 @@ class Auditor:
     unchecked: dict[str, str] = field(default_factory=dict)
     budget: Budget = field(init=False)
     _kept: dict[str, tuple[TensorRecord, Survival]] = field(default_factory=dict)
+    _adapter_hashes: list[dict[str, str]] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -43,6 +45,20 @@ class Auditor:
             if name in self._kept:
                 total.join(self._kept[name][1])
         return total.share
+
+    @property
+    def adapter_hashes(self) -> list[dict[str, str]]:
+        """SHA-256 of the files of each adapter, by name."""
+        if self._adapter_hashes is None:
+            self.hash_adapters()
+        assert self._adapter_hashes is not None
+        return self._adapter_hashes
+
+    def hash_adapters(self) -> int:
+        """A job that writes no bytes: the hashes, while other threads compute."""
+        adapters = self.plan.adapters
+        self._adapter_hashes = [adapter_hashes(a.folder, {t.file for t in a.tensors.values()}) for a in adapters]
+        return 0
 
     def record(self, name: str) -> TensorRecord | None:
         return self._kept[name][0] if name in self._kept else None
@@ -96,7 +112,7 @@ class Auditor:
             return Errors(), Errors()
         with self.budget.holding(needed):
             exact = ExactTensor(tensor, self.plan.base)
-            return exact.compare(written, runs), exact.compare(written, also)
+            return exact.compare(written, runs), exact.compare(written, also) if also else Errors()
 
     def judge(self, tensor: PlannedTensor, written: Reader, where: str) -> Errors:
         """`compare`; CheckpointError if a number is beyond the bound. where: what it was read from."""

@@ -8,6 +8,7 @@ for other formulas than LoRA's, the second part has all their numbers taken as p
 otherwise: `terms`). The fp32 part is four times what is tested: what goes beyond is not imprecise but wrong.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from lora_export.adapters.updates import terms_of
 from lora_export.choices import Certify
 from lora_export.contracts import TensorSource
+from lora_export.finite import all_below
 from lora_export.merging.planning.plan import PlannedTensor
 from lora_export.merging.running.rows import Reader, base_rows, load_updates
 
@@ -30,6 +32,7 @@ RUN = 2**12  # elements of a place, if its rows are as short
 WIDE = 2**17  # elements of all places, if its rows are long (a row of fused experts is a whole expert)
 CHUNK = 2**18  # elements that are looked at together
 SLACK = 2.0**-20
+_EXPONENT, _BIAS = 0x7FF, 1023  # of float64
 _BITS = {
     "F64": (52, -1022),
     "F32": (23, -126),
@@ -160,19 +163,24 @@ class ExactTensor:
         """Add some of the numbers of rows, which are flat here; the place of the first beyond the bound."""
         import torch
 
-        largest = torch.finfo(values.dtype).max
+        most = torch.finfo(values.dtype).max
         values = values.double()
-        known = torch.isfinite(exact) & (exact.abs() <= largest)  # the rest is --allow-nonfinite's
-        off, unit = (values - exact).abs(), ulp(exact, self._tensor.output.dtype)
-        ulps = torch.where(known, off / unit, 0.0)
+        # What no number of the type is near to is --allow-nonfinite's.
+        known = None if all_below(exact, most) else torch.isfinite(exact) & (exact.abs() <= most)
+        off, unit = (values - exact).abs_(), ulp(exact, self._tensor.output.dtype)
+        ulps = off / unit if known is None else torch.where(known, off / unit, 0.0)
+        largest = float(ulps.max()) if ulps.numel() else 0.0
         errors.checked += exact.numel()
         errors.total += float(ulps.sum())
-        if ulps.numel():
-            errors.largest = float(torch.maximum(ulps.max(), ulps.new_tensor(errors.largest)))  # keeps a NaN
-        # No formula's terms are smaller than its result. A NaN is within no bound.
-        if bool(((off <= unit / 2 + 2.0**-22 * exact.abs()) | ~known).all()):
+        errors.largest = largest if math.isnan(largest) else max(errors.largest, largest)  # keeps a NaN
+        if largest <= 0.5:  # a NaN is within no bound
             return None
-        beyond = known & ~(off <= unit / 2 + SLACK * terms().reshape(-1)[some])
+        # No formula's terms are smaller than its result.
+        within = off <= unit / 2 + 2.0**-22 * exact.abs()
+        if bool((within if known is None else within | ~known).all()):
+            return None
+        beyond = ~(off <= unit / 2 + SLACK * terms().reshape(-1)[some])
+        beyond = beyond if known is None else beyond & known
         errors.beyond += int(beyond.sum())
         return some.start + int(beyond.nonzero()[0]) if bool(beyond.any()) else None
 
@@ -211,6 +219,7 @@ def ulp(values: "torch.Tensor", dtype: str) -> "torch.Tensor":
     import torch
 
     bits, least = _BITS[dtype]
-    exponent = torch.frexp(values).exponent.long() - 1
-    # 2^n by its bits: the powers of a vector unit may be off by one.
-    return ((exponent.clamp(min=least) - bits).clamp(min=-1022) + 1023).bitwise_left_shift(52).view(torch.float64)
+    # By their bits: a logarithm or a power of a vector unit may be off by one.
+    exponent = values.view(torch.int64).bitwise_right_shift(52).bitwise_and_(_EXPONENT)
+    exponent.clamp_(min=least + _BIAS).sub_(bits).clamp_(min=1)
+    return exponent.bitwise_left_shift_(52).view(torch.float64)

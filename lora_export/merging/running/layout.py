@@ -2,9 +2,10 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 
@@ -27,18 +28,19 @@ def write_shards(
     audit: Auditor | None = None,
     opened: Callable[[Path], OpenFile] = OpenFile.create,
     workers: int | None = None,
+    also: Sequence[Job] = (),
 ) -> Auditor:
     """Put every byte of a plan's shards into a folder, on all cores, and return what was found out about them.
 
-    opened: the sink for a shard. InputError before the first byte if a single block needs more memory than is
-    allowed.
+    opened: the sink for a shard; also: jobs that are done meanwhile. InputError before the first byte if a single
+    block needs more memory than is allowed.
     """
     audit, workers = audit or Auditor(plan), workers or cores()
     _check_memory(plan, workers)
     total = sum(t.output.nbytes for t in plan.tensors.values())
     with contextlib.ExitStack() as files, one_thread_each(plan.computes):
         jobs = _jobs(audit, folder, lambda path: files.enter_context(contextlib.closing(opened(path))), workers)
-        carry_out(jobs, audit.budget, workers, lambda written: progress.advance(written, total))
+        carry_out(chain(also, jobs), audit.budget, workers, lambda written: progress.advance(written, total))
     return audit
 
 

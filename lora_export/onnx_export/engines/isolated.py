@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,23 +25,34 @@ _PROCESS = "lora_export.onnx_export.engines.worker_process"
 class Worker:
     """A process that runs modules of this package, one request after another, and imports torch only once.
 
-    It starts with its first request, in an empty folder, offline, and without the tokens and proxies of this
-    environment. As a context manager it ends with the block.
+    It starts with `warm` or its first request, in an empty folder, offline, and without the tokens and proxies of
+    this environment. As a context manager it ends with the block.
     """
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="lora-export-")
         self._process: subprocess.Popen[bytes] | None = None
+        self._asked = self._killed = False
+        self._starting = threading.Lock()
+
+    def warm(self, *modules: str) -> None:
+        """Start the process, which imports `modules` while nobody waits for it."""
+        self._process = self._process or _start(self._folder.name, *modules)
 
     def run(self, module: str, request: Mapping[str, Any], *, engine: str, task: str = "") -> None:
         """Call `main(request)` of the module `module` there; ExportError with the last lines if it fails.
 
         A refusal in this package's own words arrives as it is. task: what failed then, if not the engine itself.
+        CancelledError after `kill`.
         """
         scratch = self._folder.name
         log = Path(scratch, "log.txt")
         log.write_bytes(b"")
-        process = self._process = self._process or _start(scratch)
+        with self._starting:
+            if self._killed:
+                raise CancelledError
+            process = self._process = self._process or _start(scratch)
+            self._asked = True
         assert process.stdin is not None and process.stdout is not None
         message = {"module": module, "request": {**request, "cache": str(Path(scratch, "cache"))}}
         try:
@@ -51,6 +64,8 @@ class Worker:
         if answer.startswith(b"{"):
             raise _refusal(json.loads(answer))
         if answer != b"done\n":
+            if self._killed:
+                raise CancelledError
             self._process = None
             what = task or f"the engine {engine}"
             raise ExportError(
@@ -59,9 +74,18 @@ class Worker:
                 next_step="lora-export env shows the versions; another --precision may be possible",
             )
 
+    def kill(self) -> None:
+        """End the process at once, from any thread: what runs there fails, and nothing runs there any more."""
+        with self._starting:
+            self._killed = True
+            if self._process is not None:
+                self._process.kill()
+
     def close(self) -> None:
         """End the process and remove its folder."""
         if self._process is not None:
+            if not self._asked:
+                self._process.kill()  # it may be importing still
             _ended(self._process)
             self._process = None
         self._folder.cleanup()
@@ -81,10 +105,10 @@ def _refusal(told: Mapping[str, Any]) -> LoraExportError:
     )
 
 
-def _start(scratch: str) -> subprocess.Popen[bytes]:
+def _start(scratch: str, *modules: str) -> subprocess.Popen[bytes]:
     with Path(scratch, "log.txt").open("ab") as sink:
         return subprocess.Popen(
-            [sys.executable, "-m", _PROCESS],
+            [sys.executable, "-m", _PROCESS, *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=sink,

@@ -2,7 +2,7 @@
 
 Two graphs with the same operators, attributes, wiring, shapes, types and steering constants, on the same provider,
 launch the same kernels: the values of their weights cannot make one of them slower. On some processors this does
-not hold for products of denormal, infinite or NaN values.
+not hold for products of denormal, infinite or NaN values. Sessions are opened with the same options for both.
 """
 
 import difflib
@@ -12,9 +12,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import onnx_ir as ir
+
 from lora_export.contracts import GraphComparison
 from lora_export.onnx_export.graphs.canonical import Canonical, Node, canonical
 from lora_export.onnx_export.graphs.checks import open_model
+from lora_export.onnx_export.graphs.steering_constants import SMALL, steering_constants
 from lora_export.storage.sealed import read_json
 
 SHOWN = 8
@@ -31,7 +34,7 @@ def compare(base: Sequence[Path], merged: Sequence[Path], provider: str) -> Grap
     depends on them (steering_constants.py); an adapter may change any weight. Needs as much temporary disk space as
     the largest model.
     """
-    pairs = [(optimized(a, provider), optimized(b, provider)) for a, b in zip(base, merged, strict=True)]
+    pairs = [_pair(a, b, provider) for a, b in zip(base, merged, strict=True)]
     placement: Counter[str] = Counter()
     for _, graph in pairs:
         placement.update(graph.placement)
@@ -48,6 +51,38 @@ def compare(base: Sequence[Path], merged: Sequence[Path], provider: str) -> Grap
             )
         ),
     )
+
+
+def _pair(base: Path, merged: Path, provider: str) -> tuple[Canonical, Canonical]:
+    """Both, optimized; one of them stands for both where the other cannot differ."""
+    graph = optimized(merged, provider)
+    return (graph if one_stored(base, merged) else optimized(base, provider)), graph
+
+
+def one_stored(base: Path, merged: Path) -> bool:
+    """Whether two files hold one graph, of which ONNX Runtime must then make one, too.
+
+    They are equal byte for byte, and their data files hold the same values wherever those may count: constants that
+    steer, whatever is no float, and small tensors, such as an epsilon or a factor, which fusions read. What is left
+    are large weights, of which the optimizer computes others and by which it decides nothing.
+    """
+    if base.read_bytes() != merged.read_bytes():
+        return False
+    ours, theirs = open_model(base), open_model(merged)
+    steering = {value.name for value in steering_constants(ours)}
+    return all(
+        a.tobytes() == b.tobytes()
+        for (name, a), (_, b) in zip(_external(ours), _external(theirs), strict=True)
+        if name in steering or not a.dtype.is_floating_point() or a.size <= SMALL
+    )
+
+
+def _external(model: ir.Model) -> Iterator[tuple[str | None, ir.ExternalTensor]]:
+    """The initializers of all graphs of a model whose values lie in other files, by name."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.name, value.const_value
 
 
 def optimized(model: Path, provider: str) -> Canonical:

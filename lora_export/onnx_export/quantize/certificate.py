@@ -117,7 +117,8 @@ def _share(lost: float, whole: float) -> float:
 
 def statistics_beside(folder: Path, described: WeightsMap) -> "Statistics | None":
     """The statistics that the weights of an export were quantized with; None if no quantizer asks for any."""
+    if not any(w.recipe.quantized and w.recipe.quantized.algorithm == GPTQ for w in described.weights):
+        return None
     from lora_export.onnx_export.quantize.statistics import Statistics
 
-    asked = any(w.recipe.quantized and w.recipe.quantized.algorithm == GPTQ for w in described.weights)
-    return Statistics.open(folder / STATISTICS) if asked else None
+    return Statistics.open(folder / STATISTICS)

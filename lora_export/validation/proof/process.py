@@ -91,7 +91,7 @@ class Proof:
         self._export = Path(request["export"])
         self._extent = Extent(request["level"] == "full", request["far_only"], of.streamed)
         self._battery = battery_of(request["kind"])
-        self._type = reference.arithmetic_of(self._export)
+        self._type = reference.arithmetic_of(self._export, request["graphs"])
 
     def verdict(self) -> Verdict:
         verdict = Verdict(reference=self._of.words)

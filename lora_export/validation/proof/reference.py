@@ -3,7 +3,7 @@
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,9 +99,14 @@ def fp32_bytes(folder: Path) -> int:
     return total
 
 
-def arithmetic_of(export: Path) -> str:
-    """The narrowest floating-point type of the data files, which the graph computes in; fp32 without a map."""
-    if not (export / _MAP).is_file():
-        return "float32"
-    types = {e["dtype"] for e in read_json(export / _MAP)["weights"]}
+def arithmetic_of(export: Path, graphs: Sequence[str]) -> str:
+    """The narrowest floating-point type of the weights, which the graphs compute in: by their map, or, as of an
+    unmerged export, by the graphs."""
+    import onnx_ir as ir
+
+    if (export / _MAP).is_file():
+        types = {e["dtype"] for e in read_json(export / _MAP)["weights"]}
+    else:
+        weights = (w for name in graphs for w in ir.load(export / name).graph.initializers.values())
+        types = {w.dtype.name.lower() for w in weights if w.dtype is not None}
     return next((t for t in ("bfloat16", "float16") if t in types), "float32")

@@ -12,7 +12,7 @@ from lora_export.contracts.fleet import FleetRow
 from lora_export.errors import LoraExportError
 from lora_export.folder_files import SENTENCE_MODULES, VALUE_HEAD
 from lora_export.storage.sealed import LARGEST_SETTINGS, read_json
-from lora_export.workflows.budget import searches
+from lora_export.workflows.shared_base import why_not_exported_alike
 
 # Parts of tensor names: what changes a vocabulary, of which a tied head is a part; and modules trained whole.
 _VOCABULARY = (
@@ -38,17 +38,8 @@ def why_alone(row: FleetRow, base_folder: Path, adapters: Sequence[AdapterChoice
 
 
 def _by_options(options: StoryOptions, base: Path) -> str:
-    export, how = options.export, options.export.quantization
-    if searches(options, base):
-        return "--max-size or --min-survival chooses the bits of each weight for this adapter"
-    if export.graph_from is not None:
-        return "--graph-from names an export of its own"
-    if how.algorithm == "gptq":
-        return "--quantizer gptq rounds the base by what texts do to this adapter's model"
-    if dependent := next((k for k in how.keep if k in ("touched", "auto")), None):
-        return f"--keep {dependent} depends on this adapter"
-    if how.activations != "float":
-        return f"--activations {how.activations}: no export takes such a graph from another one"
+    if reason := why_not_exported_alike(options, base):
+        return reason
     if options.extra_arms:
         return f"--arm {options.extra_arms[0]} measures this adapter outside of the weights"
     if options.merge.combine != "none":

@@ -7,11 +7,11 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from lora_export import records
 from lora_export.contracts.fleet import Record
 from lora_export.contracts.fleet_report import FLEET_SCHEMA_VERSION, FleetPages, FleetReport, FleetReportRow
 from lora_export.errors import InputError
 from lora_export.escape import without_secrets
-from lora_export.fleet import records
 from lora_export.fleet.stores.protocol import Store, opened
 from lora_export.report import fleet_document, fleet_rows
 from lora_export.version import __version__

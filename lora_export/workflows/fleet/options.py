@@ -25,6 +25,9 @@ REFUSED: Mapping[str, str] = {
     "force": "an object of a fleet is never replaced: an input or an option that changes makes another one",
     "output": "objects lie below ROOT, the -o of lora-export fleet",
     "graph-from": "the rows of a base share its graph without it",
+    "cache": "what rows share of a base lies in ROOT",
+    "no-cache": "what rows share of a base lies in ROOT",
+    "cache-size": "what rows share of a base lies in ROOT",
     "pluggable": "it names one export in place of the row's",
     "converter": "it is a program of one machine, and rows are worked on anywhere",
     "push": "a fleet writes to ROOT alone: lora-export package --push for one of its runs",
@@ -97,7 +100,7 @@ class _Conversion:
         self._check(settings, given, target, job)
         given = {name: value for name, value in given.items() if value is not None}
         try:
-            story = derive.build(StoryOptions, given)
+            story = derive.build(StoryOptions, given, cache=None)
             package = derive.build(PackageOptions, {k: v for k, v in given.items() if k not in _NOT_PACKAGE})
         except (InputError, TypeError, ValueError) as error:
             if not len(self.faults):

@@ -21,11 +21,11 @@ from lora_export.contracts import AdapterChoice, FleetOptions, FleetRow, Planned
 from lora_export.contracts.fleet import KEPT, State
 from lora_export.errors import InputError, LoraExportError
 from lora_export.fleet.claims import PLACE as CLAIMS
-from lora_export.fleet.hashes import Contents, Hashes, user_cache
-from lora_export.fleet.keys import Spelled, base_inputs, key_of, row_inputs
-from lora_export.fleet.records import decoded
 from lora_export.fleet.stores.protocol import Store
 from lora_export.fleet.stores.writing import FOLDER
+from lora_export.keys.hashes import Contents, Hashes, user_cache
+from lora_export.keys.inputs import Spelled, base_inputs, key_of, row_inputs
+from lora_export.records import decoded
 from lora_export.workflows.fleet import needs
 from lora_export.workflows.fleet.verifying import is_root
 
@@ -230,7 +230,7 @@ class _Inputs:
     def _base_key(self, row: FleetRow, base: Path) -> str:
         what = base, id(row.options.merge), id(row.options.export)
         if what not in self._base_keys:
-            self._base_keys[what] = key_of(base_inputs(row, self._contents(base).files, self.spelled))
+            self._base_keys[what] = key_of(base_inputs(row.options, self._contents(base).files, self.spelled))
         return self._base_keys[what]
 
     def _contents(self, place: Path) -> Contents:

@@ -4,18 +4,17 @@ import fcntl
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lora_export.choices import Provider
-from lora_export.contracts import AdapterChoice, BenchmarkOptions, Progress, Report, Source, StoryOptions
-from lora_export.contracts.option import kept
+from lora_export.contracts import AdapterChoice, Progress, Source, StoryOptions
 from lora_export.errors import ExportError, InputError
 from lora_export.fleet.scratch import PREFIX
 from lora_export.fleet.stores.protocol import Store
-from lora_export.storage.documents import as_json
+from lora_export.storage.locks import held
 from lora_export.storage.memory import freed
+from lora_export.workflows.base_measurement import read_measurement, write_measurement
 
 if TYPE_CHECKING:
     from lora_export.validation.known import KnownBase
@@ -99,38 +98,17 @@ def _measure(
     options: StoryOptions,
     progress: Progress,
 ) -> str:
-    from lora_export.report import write
     from lora_export.workflows.latency import measure_run
-    from lora_export.workflows.run_report import new_report
-    from lora_export.workflows.shared_base import SharedBase, same_graph
+    from lora_export.workflows.shared_base import same_graph
 
-    if not same_graph(SharedBase(pair.base, None, stage), pair.merged):
+    if not same_graph(pair.base, pair.merged):
         raise ExportError(
             "the adapter that the base is measured with has a graph of its own",
             where=adapters[0].folder,
             expected="an adapter that changes weights of the base, and nothing else",
         )
     measured = measure_run(pair.base, pair.merged, control, options, progress)
-    how = {"benchmark": _conditions(options.benchmark, options.export.provider)}
-    report = replace(new_report("benchmark", how, base, adapters), benchmark=measured)
-    write(replace(report, status="failed" if measured.verdict == "slower" else "passed"), stage / BENCHMARK)
-    return claim_of(report)
-
-
-def claim_of(report: Report) -> str:
-    """In words: what was measured, when, on what."""
-    assert report.benchmark is not None
-    names, environment = " and ".join(a.name for a in report.sources.adapters), report.benchmark.environment
-    machine = environment.cpu or "a CPU without a name"
-    gpus = ", ".join(g.name for g in environment.gpus if g.name)
-    where = f"{gpus} with {machine}" if gpus and report.benchmark.provider != "cpu" else machine
-    return f"measured once for this graph, with the adapter {names}, at {report.created}, on {where}"
-
-
-def _conditions(options: BenchmarkOptions, provider: Provider) -> dict[str, Any]:
-    """What a measurement was asked for, as it decides whether another row asks for the same."""
-    asked: dict[str, Any] = as_json(kept(replace(options, provider=provider, configured="")))
-    return asked
+    return write_measurement(measured, stage / BENCHMARK, base, adapters, options)
 
 
 # --- opening -------------------------------------------------------------------------------------------------
@@ -153,16 +131,11 @@ class OpenedBase:
     def shared(self, options: StoryOptions) -> "SharedBase":
         """What a row takes from it; the measurement only if it was made as the row asks."""
         from lora_export.onnx_export import load_export
-        from lora_export.report import load
         from lora_export.workflows.shared_base import SharedBase
 
         exported = load_export(self.folder / ONNX)
-        if not (self.folder / BENCHMARK).is_dir():
-            return SharedBase(exported, self.known, self.home)
-        report = load(self.folder / BENCHMARK)
-        if report.options.get("benchmark") != _conditions(options.benchmark, options.export.provider):
-            return SharedBase(exported, self.known, self.home)
-        return SharedBase(exported, self.known, self.home, report.benchmark, claim_of(report))
+        measured, claim = read_measurement(self.folder / BENCHMARK, options) or (None, "")
+        return SharedBase(exported, self.known, self.home, measured, claim)
 
     def close(self) -> None:
         """Free its memory; the last process of the node that lets it go removes it from the disk."""
@@ -195,7 +168,7 @@ def _fetched(base_key: str, store: Store, scratch: Path) -> OpenedBase:
     from lora_export.validation.known import KnownBase
 
     home = scratch / f"{PREFIX}base-{base_key}"
-    lock = _held(home)
+    lock = held(home)
     try:
         # The folder is shared by all; one at a time looks whether it is filled.
         with (home / ".fetching").open("w") as turn:
@@ -212,17 +185,3 @@ def _fetched(base_key: str, store: Store, scratch: Path) -> OpenedBase:
         os.close(lock)
         raise
     return OpenedBase(base_key, home, KnownBase(home / "object" / REFERENCE, weights=home / "weights"), lock)
-
-
-def _held(home: Path) -> int:
-    """A descriptor of a folder that others may have too, and that nobody removes meanwhile."""
-    while True:
-        home.mkdir(parents=True, exist_ok=True)
-        fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        fcntl.flock(fd, fcntl.LOCK_SH)
-        try:
-            if os.path.samestat(os.fstat(fd), home.stat()):
-                return fd
-        except FileNotFoundError:  # removed between the two
-            pass
-        os.close(fd)

@@ -11,8 +11,8 @@ from lora_export import manifest
 from lora_export.contracts import AdapterChoice, PackageOptions, Report, Source, Story, StoryOptions
 from lora_export.contracts.fleet import Record, RowFigures, RowOutcome, State, StoredFile, Task
 from lora_export.errors import GateFailed, LoraExportError, OutputError, RuntimeUnavailable
-from lora_export.fleet.records import NAME, SCHEMA_VERSION, decoded
 from lora_export.fleet.stores.protocol import Store
+from lora_export.records import NAME, SCHEMA_VERSION, decoded
 from lora_export.storage import disk, sealed
 from lora_export.workflows.fleet.clock import Clock
 
@@ -100,7 +100,7 @@ def make_row(task: Task, store: Store, node: Path, clock: Clock) -> RowOutcome:
 def _told(given: Given, run: Path, shared: "SharedBase | None", clock: Clock) -> Story:
     from lora_export.pipeline import merge_and_export
 
-    return merge_and_export(given.base, given.adapters, run, given.options, clock, shared)
+    return merge_and_export(given.base, given.adapters, run, given.options, clock, shared, side_by_side=False)
 
 
 # --- inputs --------------------------------------------------------------------------------------------------
@@ -108,8 +108,8 @@ def _told(given: Given, run: Path, shared: "SharedBase | None", clock: Clock) ->
 
 def _given(task: Task, node: Path, clock: Clock) -> Given:
     """The inputs on this machine, which have to be those that were planned, and the options of the run."""
-    from lora_export.fleet.hashes import Hashes
-    from lora_export.fleet.keys import base_inputs, key_of, row_inputs
+    from lora_export.keys.hashes import Hashes
+    from lora_export.keys.inputs import base_inputs, key_of, row_inputs, seed_of
     from lora_export.pipeline import with_provider
     from lora_export.workflows.fleet.planning import located_adapter
 
@@ -120,7 +120,7 @@ def _given(task: Task, node: Path, clock: Clock) -> Given:
     hashes = Hashes()
     files = hashes.of(base.folder)
     if task.kind == "base":
-        inputs, wanted = base_inputs(row, files), planned.base_key
+        inputs, wanted = base_inputs(row.options, files), planned.base_key
     else:
         pairs = [(hashes.of(a.folder), a.weight) for a in adapters]
         inputs, wanted = row_inputs(row, files, pairs), planned.key
@@ -133,7 +133,7 @@ def _given(task: Task, node: Path, clock: Clock) -> Given:
         )
     seed = row.options.validation.seed
     if seed is None:
-        seed = int((planned.base_key or planned.key)[:8], 16) % 2**31
+        seed = seed_of(planned.base_key or planned.key)
     validation = replace(row.options.validation, seed=seed)
     return Given(base, adapters, with_provider(replace(row.options, validation=validation, force=False)), inputs)
 
@@ -265,6 +265,7 @@ def figures_of(story: Story | Report) -> RowFigures:
         delta_survival=float(kept) if kept is not None else None,
         kl=max(lost, default=None),
         ratio=max(ratios, default=None),
+        verdict=measured.verdict if measured else None,
         checks=len(checked.checks) if checked else 0,
         failed=sum(not c.passed for c in checked.checks) if checked else 0,
     )

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from lora_export.contracts import Findings, Progress, StoredFile, Verification
 from lora_export.errors import InputError
-from lora_export.fleet.records import NAME, decoded
 from lora_export.fleet.stores import Store, opened
 from lora_export.fleet.stores.attempts import is_attempt
 from lora_export.fleet.stores.files import differences
 from lora_export.fleet.stores.writing import FOLDER
+from lora_export.records import NAME, decoded
 from lora_export.storage.documents import decode, parse_json
 
 PLACES = {"objects": "objects", "bases": "prepared bases", "failed": "verdicts"}

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from lora_export.contracts.fleet import RowOutcome, Task
 from lora_export.errors import LoraExportError
-from lora_export.fleet.scratch import PREFIX, emptied
+from lora_export.fleet.scratch import PREFIX
 from lora_export.fleet.stores.protocol import opened as opened_store
+from lora_export.storage.disk import emptied
 from lora_export.storage.memory import freed
 from lora_export.workflows.fleet.clock import Clock, reset_peak, spare_imports
 

@@ -53,10 +53,10 @@ def benchmark_pipelines(
     for folder in (base, merged):
         check_pipeline_folder(folder)
     pipeline = exported(merged)
-    options = replace(with_own_size(options, pipeline), provider=resolve_provider(options.provider))
+    options, side = replace(options, provider=resolve_provider(options.provider)), own_side(pipeline)
     with output_folder(output, force, inputs=[base, merged]) as stage:
         result = with_pictures(
-            measure(base, merged, options, progress), base, merged, pipeline.class_name, progress
+            measure(base, merged, options, side, progress), base, merged, pipeline.class_name, progress
         )
         report = new_report("benchmark", {"benchmark": asdict(options) | {"arms": ["base", "merged"]}})
         write(replace(report, status="failed" if result.verdict == "slower" else "passed", benchmark=result), stage)
@@ -94,12 +94,13 @@ def measure(
     base: Path,
     merged: Path,
     options: BenchmarkOptions,
+    side: int,
     progress: Progress,
     pytorch: Mapping[str, Loaded] | None = None,
 ) -> BenchmarkResult:
     """Compare the graphs of all parts, and time the denoiser's step. base, merged: exported pipelines.
 
-    pytorch: further arms, which PyTorch runs: what loads the denoiser's module.
+    side: of the latent that they were made for; pytorch: further arms, which PyTorch runs: what loads their module.
     """
     from lora_export.benchmarking import run
 
@@ -111,10 +112,22 @@ def measure(
     for name, load in (pytorch or {}).items():
         arms.append(BenchmarkArm(name, arms[-1].graphs, forward=_forward(load)))
     progress.stage(f"benchmark: {', '.join(arm.name for arm in arms)}, the step of {denoiser} in one process")
+    options, grid = with_own_size(options, side, alike=graphs[denoiser].identical)
     measured = run(arms, options=options, progress=progress, graph=graphs[denoiser])
     differ = [f"{part}: {text}" for part, graph in graphs.items() for text in graph.differences]
-    same = all(graph.identical for graph in graphs.values())
-    return replace(measured, graphs=graphs, graph_identical=same, graph_differences=tuple(differ))
+    unlike = [part for part, graph in graphs.items() if not graph.identical]
+    verdict, notes = measured.verdict, [*measured.notes, *([grid] if grid else [])]
+    if unlike and verdict == "equivalent_by_structure":
+        verdict = "inconclusive"
+        notes.append(f"the denoiser is the base's graph, but {', '.join(unlike)} is not, which was not measured")
+    return replace(
+        measured,
+        verdict=verdict,
+        notes=tuple(notes),
+        graphs=graphs,
+        graph_identical=not unlike,
+        graph_differences=tuple(differ),
+    )
 
 
 def with_pictures(
@@ -154,12 +167,15 @@ def compared(
     return found
 
 
-def with_own_size(options: BenchmarkOptions, pipeline: Pipeline) -> BenchmarkOptions:
-    """A named grid's batches, with latents as large as the pipeline's own; other shapes as they are."""
-    if options.shapes not in GRIDS.values():
-        return options
-    side = own_side(pipeline)
-    return replace(options, shapes=tuple(dict.fromkeys((batch, side) for batch, _ in options.shapes)))
+def with_own_size(options: BenchmarkOptions, side: int, *, alike: bool) -> tuple[BenchmarkOptions, str]:
+    """A named grid's batches, with latents of this side; other shapes as they are. And a note of the grid, where
+    nobody asked for one. alike: base and merged are one graph."""
+    from lora_export.benchmarking import shapes_of
+
+    shapes, note = shapes_of(options, alike=alike)
+    if shapes in GRIDS.values():
+        shapes = tuple(dict.fromkeys((batch, side) for batch, _ in shapes))
+    return replace(options, shapes=shapes), note
 
 
 def refuse_without_denoiser(pipeline: Pipeline) -> None:

@@ -27,8 +27,8 @@ from lora_export.storage.disk import check_space
 from lora_export.workflows.pipelines.measuring import (
     Loaded,
     measure,
+    own_side,
     refuse_without_denoiser,
-    with_own_size,
     with_pictures,
 )
 
@@ -110,8 +110,9 @@ def tell_pipeline(
         return story
 
     # measure
-    benchmark = replace(with_own_size(options.benchmark, base), provider=options.export.provider)
-    measured = measure(base_onnx.output, export.output, benchmark, progress, _in_pytorch(planned))
+    benchmark = replace(options.benchmark, provider=options.export.provider)
+    side, pytorch = own_side(base), _in_pytorch(planned)
+    measured = measure(base_onnx.output, export.output, benchmark, side, progress, pytorch)
     measured = with_pictures(told(measured), base_onnx.output, export.output, base.class_name, progress)
     return replace(story, benchmark=measured)
 

@@ -19,10 +19,10 @@ class Graph:
 
     def __init__(self, path: Path, providers: Sequence[str]) -> None:
         present = onnxruntime.get_available_providers()
-        if providers[0] not in present:
-            _LOG.warning("this ONNX Runtime has no %s, so the model runs on another", providers[0])
         usable = [p for p in providers if p in present] or [_CPU]
         self.session = onnxruntime.InferenceSession(str(path), providers=usable)
+        if (first := self.session.get_providers()[0]) != providers[0]:
+            _LOG.warning("%s does not work here, so the model runs on %s", providers[0], first)
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
         self.device = "cuda" if self.session.get_providers()[0] == _CUDA else "cpu"

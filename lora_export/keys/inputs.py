@@ -1,4 +1,4 @@
-"""The keys of a fleet: what an object, or the preparation of a base, is made of.
+"""Keys: what the object of a fleet's row, or all that adapters of one base share, is made of.
 
 A key is the SHA-256 of the canonical JSON of its inputs: keys sorted, no spaces, UTF-8. It names contents, options
 and versions; where they lie, who works on them, and on which machine, is not a part of it.
@@ -12,18 +12,13 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_export.contracts import FleetRow
+from lora_export.contracts import FleetRow, StoryOptions
 from lora_export.contracts.option import Nested, Option
-from lora_export.fleet.hashes import Hashes
+from lora_export.keys.hashes import Hashes
 from lora_export.storage.sealed import sha256
-from lora_export.version import __version__, installed
+from lora_export.version import LIBRARIES, __version__, installed
 
 SCHEMA = 1  # of the inputs; another one makes every key another
-# What writes the bytes, or says whether they pass.
-_LIBRARIES = (
-    "torch", "transformers", "peft", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu",
-    "onnxruntime-genai", "onnxruntime-genai-cuda", "optimum", "diffusers", "bitsandbytes", "safetensors",
-)  # fmt: skip
 _PLUGGED = (
     "lora_export.adapter_kinds", "lora_export.adapter_layouts", "lora_export.quantization_formats",
     "lora_export.export_engines", "lora_export.package_targets",
@@ -78,8 +73,8 @@ def row_inputs(
     return inputs
 
 
-def base_inputs(row: FleetRow, base: Files, spelled: Spelled | None = None) -> dict[str, object]:
-    """What the preparation is made of that rows of one base share: its files, and how it is read and exported.
+def base_inputs(options: StoryOptions, base: Files, spelled: Spelled | None = None) -> dict[str, object]:
+    """What is made of a base for all of its adapters depends on this: its files, and how it is read and exported.
 
     Texts and sizes of the benchmark are not: what was computed for them is kept under them.
     """
@@ -87,8 +82,8 @@ def base_inputs(row: FleetRow, base: Files, spelled: Spelled | None = None) -> d
     return {
         "schema": SCHEMA,
         "base": base,
-        "merge": spelled(row.options.merge),
-        "export": spelled(row.options.export),
+        "merge": spelled(options.merge),
+        "export": spelled(options.export),
         "versions": versions(),
     }
 
@@ -99,6 +94,11 @@ def key_of(inputs: Mapping[str, object], spelled: Spelled | None = None) -> str:
         return hashlib.sha256(_canonical(inputs).encode()).hexdigest()
     parts = (f"{_canonical(name)}:{spelled.text(inputs[name])}" for name in sorted(inputs))
     return hashlib.sha256(f"{{{','.join(parts)}}}".encode()).hexdigest()
+
+
+def seed_of(key: str) -> int:
+    """A seed for all validations of one base, which then look at the same inputs."""
+    return int(key[:8], 16) % 2**31
 
 
 def _canonical(value: object) -> str:
@@ -112,7 +112,7 @@ def versions() -> Mapping[str, str]:
 
     every = entry_points()
     plugged = {e.dist.name: e.dist.version for group in _PLUGGED for e in every.select(group=group) if e.dist}
-    return {"lora-export": __version__} | installed(_LIBRARIES) | dict(sorted(plugged.items()))
+    return {"lora-export": __version__} | installed(LIBRARIES) | dict(sorted(plugged.items()))
 
 
 def _options(options: object) -> dict[str, object]:

@@ -16,9 +16,10 @@ import pytest
 
 from lora_export.contracts import FleetRow, PackageOptions, StoryOptions
 from lora_export.errors import InputError
-from lora_export.fleet import hashes, keys
-from lora_export.fleet.hashes import Contents, Hashes
-from lora_export.fleet.keys import Spelled, base_inputs, key_of, row_inputs
+from lora_export.keys import hashes
+from lora_export.keys import inputs as keys
+from lora_export.keys.hashes import Contents, Hashes
+from lora_export.keys.inputs import Spelled, base_inputs, key_of, row_inputs
 
 
 def adapter(folder: Path, weights: bytes = b"numbers", config: str = '{"r": 4}') -> Path:
@@ -131,10 +132,10 @@ def test_key_names_versions_of_everything_that_writes_bytes(
     names = " ".join(versions)
     assert all(n in names for n in ("lora-export", "torch", "transformers", "peft", "onnxruntime", "genai"))
     one = adapter(tmp_path / "one")
-    found = {key(row(), base, one), key_of(base_inputs(row(), Hashes(None).of(base)))}
+    found = {key(row(), base, one), key_of(base_inputs(row().options, Hashes(None).of(base)))}
     for name in versions:
         monkeypatch.setattr(keys, "versions", lambda name=name: {**versions, name: "0"})
-        found |= {key(row(), base, one), key_of(base_inputs(row(), Hashes(None).of(base)))}
+        found |= {key(row(), base, one), key_of(base_inputs(row().options, Hashes(None).of(base)))}
     assert len(found) == 2 * (len(versions) + 1)
 
 
@@ -157,11 +158,11 @@ def test_key_a_file_option_stands_for_its_contents(base: Path, tmp_path: Path) -
 
 def test_key_of_a_base_is_its_files_and_how_it_is_exported(base: Path) -> None:
     files = Hashes(None).of(base)
-    plain = key_of(base_inputs(row(), files))
+    plain = key_of(base_inputs(row().options, files))
     for same in ("target", "tolerance", "benchmark", "seed", "package"):
-        assert key_of(base_inputs(CHANGES[same](row()), files)) == plain
-    others = {key_of(base_inputs(CHANGES[name](row()), files)) for name in ("dtype", "precision")}
-    others.add(key_of(base_inputs(row(), {**files, "config.json": "0" * 64})))
+        assert key_of(base_inputs(CHANGES[same](row()).options, files)) == plain
+    others = {key_of(base_inputs(CHANGES[name](row()).options, files)) for name in ("dtype", "precision")}
+    others.add(key_of(base_inputs(row().options, {**files, "config.json": "0" * 64})))
     assert len(others | {plain}) == 4
 
 
@@ -179,7 +180,7 @@ def test_key_spelled_once_is_the_same_key(base: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are settled as soon as they are written."""
-    monkeypatch.setattr(hashes, "_SETTLED", -(10**12))
+    monkeypatch.setattr(hashes, "SETTLED", -(10**12))
 
 
 @pytest.mark.usefixtures("at_once")
@@ -234,8 +235,8 @@ def test_hashes_cache_that_grew_too_large_begins_anew(
 WRITER = """
 import sys
 from pathlib import Path
-from lora_export.fleet import hashes
-hashes._SETTLED = -(10**12)
+from lora_export.keys import hashes
+hashes.SETTLED = -(10**12)
 for _ in range(5):
     hashes.Hashes(Path(sys.argv[1])).of_all(sorted(Path(sys.argv[2]).iterdir()))
 """

@@ -19,15 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from lora_export import folder_files
 from lora_export.errors import InputError, LoraExportError
 from lora_export.folder_files import SENTENCE_MODULES
 from lora_export.storage.documents import is_text
-from lora_export.storage.sealed import opened
+from lora_export.storage.sealed import SETTLED, opened, status_sign
 
 T = TypeVar("T")
 
+NAME = "hashes.sqlite"
 _INDEX = "model_index.json"  # of a pipeline, whose models lie in folders
-_SETTLED = 2 * 10**9  # nanoseconds
 _PATIENCE = 10.0  # seconds that a writer waits for another one
 _THREADS = min(8, os.cpu_count() or 1)
 _LARGE = 2**23  # bytes of a file that is a job of its own
@@ -64,7 +65,7 @@ class _File:
 
     @property
     def sign(self) -> bytes:
-        return _sign(self.status)
+        return status_sign(self.status)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +86,9 @@ class _Hash:
     head: str
 
 
-def _sign(status: os.stat_result) -> bytes:
-    """What changes when a file does."""
-    parts = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
-    return b"%d %d %d %d %d" % parts
-
-
 def user_cache() -> Path:
     """Where hashes of files are kept for this user."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "lora-export" / "hashes.sqlite"
+    return folder_files.user_cache() / NAME
 
 
 @dataclass
@@ -277,12 +271,12 @@ def _hashed(file: _File) -> _Hash | LoraExportError:
         return error
     except OSError as error:
         return InputError(f"the file cannot be read: {error.strerror}", where=file.path)
-    if _sign(before) != _sign(after):
+    if status_sign(before) != status_sign(after):
         return InputError(
             "the file changes while it is read", where=file.path, expected="a file that nobody writes"
         )
-    settled = time.time_ns() - max(after.st_mtime_ns, after.st_ctime_ns) > _SETTLED
-    return _Hash(_sign(after) if settled else b"", digest, head)
+    settled = time.time_ns() - max(after.st_mtime_ns, after.st_ctime_ns) > SETTLED
+    return _Hash(status_sign(after) if settled else b"", digest, head)
 
 
 def _opened_once(file: _File) -> contextlib.AbstractContextManager[io.BufferedReader]:
