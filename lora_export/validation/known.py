@@ -121,7 +121,8 @@ class Answers:
         known.told[what] = place.name, False
         made = self._folder(known)
         try:
-            document, value = self._put(compute(), made)
+            document, put = self._put(compute(), made)
+        found: Value = put
             _state(made, document)
         except OSError:  # no room there; what is not kept is computed all the same
             shutil.rmtree(made, ignore_errors=True)
@@ -130,8 +131,8 @@ class Answers:
             with contextlib.suppress(OSError):  # another worker was faster, and its answer is the same
                 made.rename(place)
                 known._sound |= {file: _seen(file) for file in place.glob("*.npy")}
-                value = self._read(place, known)
-        return value
+                found = self._read(place, known)
+        return found
 
     def distrust(self) -> None:
         """Take nothing more: what is known is not what this base answers here."""
