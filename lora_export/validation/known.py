@@ -121,18 +121,18 @@ class Answers:
         known.told[what] = place.name, False
         made = self._folder(known)
         try:
-            document, put = self._put(compute(), made)
-        found: Value = put
+            document, value = self._put(compute(), made)
             _state(made, document)
         except OSError:  # no room there; what is not kept is computed all the same
             shutil.rmtree(made, ignore_errors=True)
-            return self._put(compute(), Path(tempfile.mkdtemp(dir=self.scratch)))[1]
+            made = Path(tempfile.mkdtemp(dir=self.scratch))
+            value = self._put(compute(), made)[1]
         if made.parent == known.folder and _bytes_below(known.folder) <= known.most_bytes:
             with contextlib.suppress(OSError):  # another worker was faster, and its answer is the same
                 made.rename(place)
                 known._sound |= {file: _seen(file) for file in place.glob("*.npy")}
-                found = self._read(place, known)
-        return found
+                value = self._read(place, known)
+        return value
 
     def distrust(self) -> None:
         """Take nothing more: what is known is not what this base answers here."""
