@@ -16,9 +16,9 @@ import torch
 
 from lora_export import pipeline
 from lora_export.contracts import AdapterChoice, Source, Story, StoryOptions
-from lora_export.storage.sealed import hash_folder
 from lora_export.onnx_export import load_export
 from lora_export.progress import Silent
+from lora_export.storage.sealed import hash_folder
 from lora_export.workflows import base_cache, latency
 from tests.fleet.making import options, with_short_texts
 from tests.validation.conftest import save_adapter, save_base
