@@ -118,15 +118,15 @@ def _run(told: Told, stage: Path, work: Path, worker: Worker, beside: Beside) ->
     if shared.export is None:
         trained_on()
     elif shared.measured is not None:
-        worker.close()  # nobody needs it
+        worker.cool()
     exports = beside.begin(partial(export_both, run, merged))
     asked = alone, folder, options.merge, options.validation.max_memory
     dequantized = stand_in_once(shared, *asked, work, progress)
     budget = None
     if searches(options, base.folder):
-        merged, pair = exports.result()
-        pair, budget = with_more_bits(run, merged, pair, dequantized, progress)
-        exports = Later(lambda: (merged, pair))
+        pair, budget = with_more_bits(run, *exports.result(), dequantized, progress)
+        made = exports.result()[0], pair
+        exports = Later(lambda: made)
     elif merged is None:
         exports.result()  # the outline is written with them
     prepare()

@@ -70,9 +70,9 @@ def switched(of: type[T], flag: str, help: str, section: str, **more: Any) -> T 
     return made
 
 
-def taken_from(of: type, attribute: str, default: T, **more: Any) -> T:
+def taken_from(of: type, attribute: str, default: T, json: str | None = "") -> T:
     """A field that holds one attribute of other options."""
-    made: T = field(default=default, metadata={"option": Nested(of, attribute=attribute, **more)})
+    made: T = field(default=default, metadata={"option": Nested(of, attribute=attribute, json=json)})
     return made
 
 

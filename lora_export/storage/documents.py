@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,8 +55,8 @@ def as_json(value: object) -> Any:
         return [as_json(v) for v in value]
     if isinstance(value, float):  # or a subclass: a Figure, a number of NumPy
         return finite(float(value))
-    of: Any = type(value)
-    if is_dataclass(of):
+    of: type[Any] = type(value)
+    if hasattr(of, "__dataclass_fields__"):
         return {name: as_json(getattr(value, name)) for name in _kept_fields(of)}
     if isinstance(value, Mapping):
         return {str(k): as_json(v) for k, v in value.items()}

@@ -21,9 +21,10 @@ def export_model(
     """
     from lora_export.checkpoint.pipeline import is_pipeline
     from lora_export.onnx_export import export, reweight, share
+    from lora_export.onnx_export.engines.isolated import Worker
     from lora_export.workflows.pipelines.exporting import export_pipeline_folder
     from lora_export.workflows.pluggable import export_pluggable
-    from lora_export.workflows.proving import prover
+    from lora_export.workflows.proving import WARM, prover
 
     if is_pipeline(model.folder):
         return export_pipeline_folder(model.folder, output, len(adapters), options, progress)
@@ -32,18 +33,21 @@ def export_model(
         return share(earlier, model.folder, output, name, force=options.force, progress=progress)
     if options.graph_from is not None:
         return reweight(options.graph_from, model.folder, output, force=options.force, progress=progress)
-    options = replace(options, provider=_target(options.provider))
-    options = knowing_touched(options, model.folder, adapters)
-    if adapters and not options.unmerged:
-        return export_pluggable(model.folder, [a.folder for a in adapters], output, options, progress)
-    return export(
-        model.folder,
-        output,
-        options,
-        adapter=adapters[0].folder if options.unmerged else None,
-        prove=prover(options.proof),
-        progress=progress,
-    )
+    with Worker() as worker:
+        worker.warm(*WARM)  # while this process looks at the model
+        options = replace(options, provider=_target(options.provider))
+        options = knowing_touched(options, model.folder, adapters)
+        if adapters and not options.unmerged:
+            return export_pluggable(model.folder, [a.folder for a in adapters], output, options, progress, worker)
+        return export(
+            model.folder,
+            output,
+            options,
+            adapter=adapters[0].folder if options.unmerged else None,
+            prove=prover(options.proof),
+            worker=worker,
+            progress=progress,
+        )
 
 
 def check_export(adapters: int, options: ExportOptions) -> None:

@@ -14,6 +14,7 @@ from lora_export.storage import sealed
 
 if TYPE_CHECKING:
     from lora_export.adapters.updates import LowRank
+    from lora_export.onnx_export.engines.isolated import Worker
     from lora_export.onnx_export.graphs.slots import LoraSlot
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -22,9 +23,15 @@ Updates = dict[str, "LowRank"]  # by the name of the weight
 
 
 def export_pluggable(
-    base: Path, adapters: Sequence[Path], output: Path, options: ExportOptions, progress: Progress
+    base: Path,
+    adapters: Sequence[Path],
+    output: Path,
+    options: ExportOptions,
+    progress: Progress,
+    worker: "Worker | None" = None,
 ) -> ExportResult:
     """Write the base's graph with slots into `output`, and NAME.onnx_adapter for each adapter, NAME its folder's.
+    worker: the process to make it in, a new one if None.
 
     Without an adapter the graph computes the base. AdapterError for an adapter that is not plain LoRA on linear
     layers, ExportError for a precision or an architecture that cannot be exported unmerged.
@@ -58,6 +65,7 @@ def export_pluggable(
             finish=finish,
             prove=prover(options.proof),
             inputs=adapters,
+            worker=worker,
             progress=progress,
         )
 

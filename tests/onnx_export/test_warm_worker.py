@@ -75,6 +75,19 @@ def test_warm_then_close_does_not_wait_for_imports() -> None:
     assert time.monotonic() - started < 5 and not process.is_running()
 
 
+def test_cool_ends_what_was_warmed_in_vain_and_nothing_else(tmp_path: Path) -> None:
+    with Worker() as worker:
+        worker.warm(SLOW)
+        process, started = process_of(worker), time.monotonic()
+        worker.cool()
+        assert time.monotonic() - started < 5 and not process.is_running()
+        ask(worker, tmp_path / "a")
+        process = process_of(worker)
+        worker.cool()
+        ask(worker, tmp_path / "b")
+        assert process_of(worker).pid == process.pid and not (tmp_path / "b.warm").exists()
+
+
 @pytest.mark.parametrize("phase", ["warming", "asked", "idle", "not started"])
 def test_kill_ends_the_process_and_every_later_request(tmp_path: Path, phase: str) -> None:
     with Worker() as worker:

@@ -16,7 +16,7 @@ import torch
 
 from lora_export import pipeline
 from lora_export.contracts import AdapterChoice, Source, Story, StoryOptions
-from lora_export.manifest import hash_folder
+from lora_export.storage.sealed import hash_folder
 from lora_export.onnx_export import load_export
 from lora_export.progress import Silent
 from lora_export.workflows import base_cache, latency

@@ -108,10 +108,10 @@ def test_export_process_killed_is_told_and_leaves_nothing(
 def test_refused_run_does_not_wait_for_imports(
     run: Callable[..., Story], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[int] = []
+    before, started = {p.pid for p in psutil.Process().children()}, list[int]()
 
     def refuse(*_: object, **__: object) -> None:
-        started.extend(p.pid for p in psutil.Process().children())
+        started.extend(p.pid for p in psutil.Process().children() if p.pid not in before)
         raise InputError("no")
 
     monkeypatch.setattr(pipeline, "WARM", ("tests.onnx_export.slow_import",))

@@ -81,11 +81,18 @@ class Worker:
             if self._process is not None:
                 self._process.kill()
 
+    def cool(self) -> None:
+        """End a process that was warmed in vain; the next request starts another one."""
+        with self._starting:
+            if self._process is not None and not self._asked:
+                self._process.kill()  # it may be importing still
+                _ended(self._process)
+                self._process = None
+
     def close(self) -> None:
         """End the process and remove its folder."""
+        self.cool()
         if self._process is not None:
-            if not self._asked:
-                self._process.kill()  # it may be importing still
             _ended(self._process)
             self._process = None
         self._folder.cleanup()
