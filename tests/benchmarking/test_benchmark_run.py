@@ -107,7 +107,7 @@ def test_run_identical_graphs_need_confirmation_in_other_sessions(
 ) -> None:
     opened: list[object] = []
     real_open, real_conclude = study._opened, study.conclude
-    monkeypatch.setattr(study, "_opened", lambda *a: opened.append(a) or real_open(*a))
+    monkeypatch.setattr(study, "_opened", lambda *a, **kw: opened.append(a) or real_open(*a, **kw))
     slow, base = small("merged", 40), small("base", 8)
     found = run(slow, base, max_seconds=20, shapes=((1, 64),), graph=IDENTICAL)
     assert found.verdict == "slower" and len(opened) >= 2
