@@ -66,7 +66,7 @@ def as_json(value: object) -> Any:
 
 
 @functools.cache
-def _kept_fields(of: type) -> tuple[str, ...]:
+def _kept_fields(of: "type[Any]") -> tuple[str, ...]:
     return tuple(f.name for f in fields(of) if f.metadata != NOT_IN_JSON)
 
 
