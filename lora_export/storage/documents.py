@@ -56,7 +56,7 @@ def as_json(value: object) -> Any:
     if isinstance(value, float):  # or a subclass: a Figure, a number of NumPy
         return finite(float(value))
     of: type[Any] = type(value)
-    if hasattr(of, "__dataclass_fields__"):
+    if getattr(of, "__dataclass_fields__", None) is not None:
         return {name: as_json(getattr(value, name)) for name in _kept_fields(of)}
     if isinstance(value, Mapping):
         return {str(k): as_json(v) for k, v in value.items()}
@@ -66,7 +66,7 @@ def as_json(value: object) -> Any:
 
 
 @functools.cache
-def _kept_fields(of: "type[Any]") -> tuple[str, ...]:
+def _kept_fields(of: type) -> tuple[str, ...]:
     return tuple(f.name for f in fields(of) if f.metadata != NOT_IN_JSON)
 
 
