@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,19 +55,19 @@ def as_json(value: object) -> Any:
         return [as_json(v) for v in value]
     if isinstance(value, float):  # or a subclass: a Figure, a number of NumPy
         return finite(float(value))
-    of: type[Any] = type(value)
-    if getattr(of, "__dataclass_fields__", None) is not None:
-        return {name: as_json(getattr(value, name)) for name in _kept_fields(of)}
+    if (names := _kept_fields(type(value))) is not None:
+        return {name: as_json(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         return {str(k): as_json(v) for k, v in value.items()}
     if isinstance(value, Path):
         return str(value)
-    raise TypeError(f"{of.__name__} has no JSON form")
+    raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
 @functools.cache
-def _kept_fields(of: type) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(of) if f.metadata != NOT_IN_JSON)
+def _kept_fields(of: type) -> tuple[str, ...] | None:
+    """None for what is no dataclass."""
+    return tuple(f.name for f in fields(of) if f.metadata != NOT_IN_JSON) if is_dataclass(of) else None
 
 
 def json_schema(type_: type) -> dict[str, Any]:
