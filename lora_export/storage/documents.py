@@ -55,7 +55,7 @@ def as_json(value: object) -> Any:
         return [as_json(v) for v in value]
     if isinstance(value, float):  # or a subclass: a Figure, a number of NumPy
         return finite(float(value))
-    if (names := _kept_fields(type(value))) is not None:
+    if (names := _kept_fields(type(value))) is not None:  # type: ignore[arg-type]  # a class is hashable
         return {name: as_json(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         return {str(k): as_json(v) for k, v in value.items()}

@@ -125,8 +125,8 @@ class Answers:
             _state(made, document)
         except OSError:  # no room there; what is not kept is computed all the same
             shutil.rmtree(made, ignore_errors=True)
-            value = self._put(compute(), Path(tempfile.mkdtemp(dir=self.scratch)))[1]
-            return value
+            made = Path(tempfile.mkdtemp(dir=self.scratch))
+            value = self._put(compute(), made)[1]
         if made.parent == known.folder and _bytes_below(known.folder) <= known.most_bytes:
             with contextlib.suppress(OSError):  # another worker was faster, and its answer is the same
                 made.rename(place)
