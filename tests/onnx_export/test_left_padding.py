@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -41,6 +42,22 @@ def test_rows_padded_on_either_side_equal_each_row_alone(
         if step < STEPS:
             ids = np.array([[int(t[n + step])] for t, n in zip(texts, LENGTHS, strict=True)])
             mask = np.concatenate([mask, np.ones((len(texts), 1), np.int64)], 1)
+
+
+def test_turned_rows_need_no_copy_from_the_memory_of_the_cpu(
+    exported: Callable[..., ExportResult], llama: Path
+) -> None:
+    """What is computed of shapes stays on the CPU: only bounds of slices, which kernels read there, may need it."""
+    graph = ir.load(exported(llama).model).graph
+    own = {n.name: n for n in graph if str(n.name).startswith("/model/left_padding/")}
+    of_shapes = [n for n in own.values() if n.op_type == "Shape"]
+    readers = []
+    while of_shapes:
+        uses = [(u.node, u.idx) for v in of_shapes.pop().outputs for u in v.uses()]
+        of_shapes += [node for node, _ in uses if node.op_type == "Neg"]
+        readers += [(node.op_type, at) for node, at in uses if node.op_type != "Neg"]
+    assert len(own) > 10
+    assert readers == [("Slice", 1)]
 
 
 def _padded(row: list[int], with_: int, side: str) -> list[int]:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 _HEAD = "/lm_head/MatMul"
 _NAME = "/model/left_padding"
 _TOKENS = ("input_ids", "position_ids")
+_TYPES = {"Counts": ir.DataType.FLOAT, "Any": ir.DataType.BOOL}
 
 
 def turn_rows(graph: ir.Graph) -> None:
@@ -37,17 +38,23 @@ class _Nodes:
         self._graph = graph
 
     def turns(self, ids: ir.Value, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """For every place of a row (batch, length): which token comes there, and where a state comes back to."""
+        """For every place of a row (batch, length): which token comes there, and where a state comes back to.
+
+        Places are counted from the mask, and not from a shape: what is computed of shapes lies in the memory of the
+        CPU, and a copy from there to a GPU forbids CUDA graphs.
+        """
         length = self._add("Shape", [ids], "Length", start=1, end=2)
-        last = self._number("Last", [np.iinfo(np.int64).max])
-        now = self._add("Slice", [mask, self._add("Neg", [length], "Neg"), last, self._number("Axis", [1])], "Now")
+        last, axis = self._number("Last", [np.iinfo(np.int64).max]), self._number("Axis", [1])
+        now = self._add("Slice", [mask, self._add("Neg", [length], "Neg"), last, axis], "Now")
         counts = self._add("Cast", [now], "Counts", to=int(ir.DataType.FLOAT))
         first = self._add("ArgMax", [counts], "First", axis=1, keepdims=1)  # of equal ones, the first
-        size = self._add("Squeeze", [length], "Size")
-        places = self._add("Range", [self._number("Zero", 0), size, self._number("One", 1)], "Places")
-        forth = self._add("Mod", [self._add("Add", [places, first], "Add"), length], "Forth")
-        before = self._add("Sub", [self._add("Add", [places, length], "Behind"), first], "Sub")
-        return forth, self._add("Mod", [before, length], "Back")
+        ones = self._add("Cast", [self._add("Equal", [now, now], "Any")], "Ones", to=int(ir.DataType.INT64))
+        size = self._add("ReduceSum", [ones, axis], "Size", keepdims=1)
+        begun = self._add("CumSum", [ones, self._number("Row", 1)], "Begun")
+        places = self._add("Sub", [begun, ones], "Places")
+        forth = self._add("Mod", [self._add("Add", [places, first], "Add"), size], "Forth")
+        before = self._add("Sub", [self._add("Add", [places, size], "Behind"), first], "Sub")
+        return forth, self._add("Mod", [before, size], "Back")
 
     def turn_tokens(self, tokens: ir.Value, places: ir.Value) -> None:
         readers = [u for u in tokens.uses() if not str(u.node.name).startswith(_NAME)]
@@ -70,6 +77,6 @@ class _Nodes:
     def _add(self, kind: str, inputs: list[ir.Value], what: str, **attributes: object) -> ir.Value:
         name = f"{_NAME}/{what}"
         node = ir.node(kind, inputs, attributes, name=name, outputs=[ir.val(f"{name}/output_0")])
-        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT if what == "Counts" else ir.DataType.INT64)
+        node.outputs[0].type = ir.TensorType(_TYPES.get(what, ir.DataType.INT64))
         self._graph.append(node)
         return node.outputs[0]
