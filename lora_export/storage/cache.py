@@ -232,6 +232,19 @@ class Entry:
             shutil.rmtree(new, ignore_errors=True)
         return Part(place / FILES, files, document.about)
 
+    def drawn(self, name: str, below: int) -> int:
+        """A number that nobody can know before the first command draws it, and that later ones find. OSError if it
+        cannot be written down."""
+        place = self.folder / name
+        try:
+            found = sealed.read_sealed(place)["number"]
+        except (FileNotFoundError, InputError, KeyError):
+            new = self.folder / f"{_NEW}{secrets.token_hex(16)}"
+            sealed.write_sealed(new, {"number": secrets.randbelow(below)})
+            new.replace(place)
+            found = sealed.read_sealed(place)["number"]
+        return int(found) % below
+
     def room(self) -> int:
         """Bytes that may still be added to this entry without leaving the disk, or the cache, too full."""
         try:

@@ -4,6 +4,7 @@ validation, and the latency of its graph.
     CACHE/bases/KEY/onnx        the base's export, as it was proven
     CACHE/bases/KEY/reference   answers, each below the digest of all that it depends on (validation/known.py)
     CACHE/bases/KEY/benchmark   a report for each machine and way to measure
+    CACHE/bases/KEY/seed        drawn once: with another one, a validation asks for other answers
 
 Of a run that shares nothing, one line says why. No fault of the cache is a fault of the run.
 """
@@ -29,7 +30,7 @@ from lora_export.contracts import (
 )
 from lora_export.errors import LoraExportError
 from lora_export.folder_files import SENTENCE_MODULES
-from lora_export.keys.inputs import base_inputs, key_of, seed_of
+from lora_export.keys.inputs import base_inputs, key_of
 from lora_export.storage.cache import Cache, Entry, Part
 from lora_export.workflows.shared_base import SharedBase, same_graph, why_not_exported_alike, why_not_shared
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from lora_export.merging import MergePlan
     from lora_export.validation.known import KnownBase
 
-ONNX, REFERENCE, BENCHMARK = "onnx", "reference", "benchmark"
+ONNX, REFERENCE, BENCHMARK, SEED = "onnx", "reference", "benchmark", "seed"
 _KEPT = ("equivalent", "equivalent_by_structure")  # a verdict that was none may be one the next time
 
 
@@ -139,9 +140,8 @@ class CachedBase:
         known = self._known() if self._is_one_adapter() else None
         if known is None:
             self._notes.append("of a base with several adapters the export alone is shared")
-        self._shared = SharedBase(
-            exported, known, measured=measured, claim=claim, seed=seed_of(self._key) if known else None, keeper=self
-        )
+        seed = self._entry.drawn(SEED, 2**31) if known else None
+        self._shared = SharedBase(exported, known, measured=measured, claim=claim, seed=seed, keeper=self)
         return self._shared
 
     def _hashed(self) -> Mapping[str, str]:

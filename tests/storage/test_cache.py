@@ -77,6 +77,25 @@ def another_disk(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "rename", elsewhere)
 
 
+def test_cache_drawn_number_is_found_by_the_next_command(cache: Cache) -> None:
+    numbers = []
+    for key in ("one", "one", "other"):
+        entry = cache.open(key, ())
+        numbers.append(entry.drawn("seed", 2**31))
+        entry.close()
+    assert numbers[0] == numbers[1] != numbers[2]
+
+
+def test_cache_damaged_number_is_drawn_anew(cache: Cache) -> None:
+    entry = cache.open("one", ())
+    first = entry.drawn("seed", 2**31)
+    (entry.folder / "seed").write_text('{"number": 7}', encoding="ascii")
+    found = entry.drawn("seed", 2**31)
+    assert found not in (7, first)
+    assert entry.drawn("seed", 2**31) == found
+    entry.close()
+
+
 def test_cache_on_another_disk_gets_copies(cache: Cache, source: Path, another_disk: None) -> None:
     kept(cache, source)
     part = found(cache).found["onnx"]

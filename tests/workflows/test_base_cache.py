@@ -19,7 +19,7 @@ from lora_export.contracts import AdapterChoice, Source, Story, StoryOptions
 from lora_export.onnx_export import load_export
 from lora_export.progress import Silent
 from lora_export.storage.sealed import hash_folder
-from lora_export.workflows import base_cache, latency
+from lora_export.workflows import base_cache, latency, run_exports
 from tests.fleet.making import options, with_short_texts
 from tests.validation.conftest import save_adapter, save_base
 
@@ -110,8 +110,8 @@ def test_second_run_takes_what_is_known_and_gets_the_same(
     shop: Shop, first: Story, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not any(taken(first).values()) and {"export", "measurement"} < set(taken(first))
-    monkeypatch.setattr(pipeline, "export_as", _not_again)
-    monkeypatch.setattr(pipeline, "control_of", _not_again)
+    monkeypatch.setattr(run_exports, "export_as", _not_again)
+    monkeypatch.setattr(run_exports, "control_of", _not_again)
     second = shop.run("second")
     assert all(taken(second).values()) and set(taken(second)) == set(taken(first))
     assert shop.files("second") == shop.files("first") and report(shop, "second") == report(shop, "first")
@@ -148,7 +148,8 @@ def stages(shop: Shop, first: Story, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """What a run makes of its base, in place of making it."""
     calls: list[str] = []
 
-    def told(told: Any, shared: Any, stage: Path, work: Path, progress: Any) -> Story:
+    def run(told: Any, stage: Path, work: Path, worker: Any, beside: Any) -> Story:
+        shared = told.shared
         if shared.export is None:
             calls.append("export")
             made = load_export(Path(shutil.copytree(shop.folder / "first/onnx", work / "base")))
@@ -156,7 +157,7 @@ def stages(shop: Shop, first: Story, tmp_path: Path, monkeypatch: pytest.MonkeyP
         calls.append("answers" if shared.known is not None else "no answers")
         return replace(first, output=stage)
 
-    monkeypatch.setattr(pipeline, "_run", told)
+    monkeypatch.setattr(pipeline, "_run", run)
     monkeypatch.setattr(pipeline, "_relocated", lambda story, stage, output: story)
     return calls
 
