@@ -251,7 +251,7 @@ def test_plan_opens_no_file_of_an_adapter_that_it_knows(
 ) -> None:
     from lora_export.keys import hashes
 
-    monkeypatch.setattr(hashes, "_SETTLED", -(10**12))
+    monkeypatch.setattr(hashes, "SETTLED", -(10**12))
     several = rows(base, *(adapter(tmp_path / f"a{n}", n) for n in range(30)))
     first = planned(several, store, tmp_path)
     looked: list[Path] = []
