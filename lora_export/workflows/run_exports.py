@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from lora_export.contracts import TensorSource
     from lora_export.merging import MergePlan
 
-Exports = tuple[MergeResult, Pair]
-
 
 @dataclass(frozen=True)
 class Told:
