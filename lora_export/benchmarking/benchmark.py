@@ -52,7 +52,7 @@ def run(
     started = time.perf_counter()
     named = _named(arms)
     shapes, grid = shapes_of(options, alike=BASE not in named or (graph is not None and graph.identical))
-    shapes, cut = _fitting(shapes, named[MERGED].graphs[0].with_name("config.json"))
+    shapes, cut = _fitting(shapes, [arm.graphs[0].with_name("config.json") for arm in arms if arm.graphs])
     study = Study(
         arms=named,
         provider=runtime.resolve_provider(options.provider),
@@ -117,22 +117,20 @@ def shapes_of(options: BenchmarkOptions, *, alike: bool) -> tuple[Shapes, str]:
     return GRIDS["standard"], "grid standard: graphs that differ can be slower at some batch sizes or lengths only"
 
 
-def _fitting(shapes: Shapes, config: Path) -> tuple[Shapes, str]:
-    """Shapes with no prompt longer than the model has positions for, and a note if one was cut.
+def _fitting(shapes: Shapes, configs: Sequence[Path]) -> tuple[Shapes, str]:
+    """Shapes with no prompt longer than any of the models has positions for, and a note if one was cut.
 
-    config: the config.json beside the graph, which may not be there.
+    configs: the config.json beside each graph, which may not be there.
     """
-    if not config.is_file():
-        return shapes, ""
-    settings = read_json(config)
-    settings = settings.get("text_config") or settings
-    known = [n for n in (settings.get(key) for key in _POSITIONS) if isinstance(n, int)]
+    settings = [read_json(config) for config in configs if config.is_file()]
+    texts = [s.get("text_config") or s for s in settings]
+    known = [n for n in (text.get(key) for text in texts for key in _POSITIONS) if isinstance(n, int)]
     # RoBERTa begins to count after its padding id, OPT at 2; and a step needs a position, too.
     most = min(known, default=10**9) - 4
     if most < 1 or max(prompt for _, prompt in shapes) <= most:
         return shapes, ""
     fitting = tuple(dict.fromkeys((batch, min(prompt, most)) for batch, prompt in shapes))
-    return fitting, f"prompts were cut to {most} tokens: the model has {most + 4} positions"
+    return fitting, f"prompts were cut to {most} tokens: a model has {most + 4} positions"
 
 
 def _environment(study: Study) -> Environment:
