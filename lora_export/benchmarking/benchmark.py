@@ -130,7 +130,7 @@ def _fitting(shapes: Shapes, configs: Sequence[Path]) -> tuple[Shapes, str]:
     if most < 1 or max(prompt for _, prompt in shapes) <= most:
         return shapes, ""
     fitting = tuple(dict.fromkeys((batch, min(prompt, most)) for batch, prompt in shapes))
-    return fitting, f"prompts were cut to {most} tokens: a model has {most + 4} positions"
+    return fitting, f"prompts were cut to {most} tokens: the model has {most + 4} positions"
 
 
 def _environment(study: Study) -> Environment:
