@@ -64,7 +64,7 @@ def others() -> str:
 
 
 def certificate() -> str:
-    found = read("merge-1.1B-lora-certified-*.json")["summary"]
+    found = read("merge-1.1B-lora-2026-11-30-193828.json")["summary"]
     rows = []
     for words, suffix in (("the command", ""), ("the merge alone", ": merge stage")):
         a, b = (found[f"{n}{suffix}"]["seconds"]["median"] for n in ("uncertified", "certified"))

@@ -255,6 +255,16 @@ def test_run_prompts_fit_model_positions(small: Callable[..., Path]) -> None:
     assert "prompts were cut to 12 tokens: the model has 16 positions" in result.notes
 
 
+def test_run_prompts_fit_positions_of_every_arm(small: Callable[..., Path], tmp_path: Path) -> None:
+    graphs = {}
+    for name, positions in (("base", 16), ("merged", 64)):
+        (tmp_path / name).mkdir()
+        graphs[name] = small(f"{name}/model", 1)
+        graphs[name].with_name("config.json").write_text(f'{{"max_position_embeddings": {positions}}}')
+    result = run(graphs["merged"], graphs["base"], shapes=((1, 32),), max_seconds=0.5)
+    assert {c.prompt for c in result.cells} == {12}
+
+
 def test_decode_reads_cache_of_prefill(small: Callable[..., Path]) -> None:
     engine = sessions.ArmSession(small("model", 2), "cpu", 1)
     buffers = Buffers("cpu")
