@@ -23,8 +23,8 @@ QUICK = {
     "BertForMultipleChoice", "LayoutLMv3ForTokenClassification", "BartForSequenceClassification",
     "SiglipModel", "ConvNextForImageClassification", "SegformerForSemanticSegmentation",
     "WavLMForCTC", "Wav2Vec2BertForCTC",
-    "MixtralForCausalLM", "Lfm2ForCausalLM", "Qwen3ForSequenceClassification", "Gemma3TextModel",
-    "FalconForCausalLM", "MoonshineForConditionalGeneration",
+    "MixtralForCausalLM", "Lfm2ForCausalLM", "Qwen3ForSequenceClassification",
+    "FalconForCausalLM",
     "VisionEncoderDecoderModel", "LlavaForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
 }  # fmt: skip
 Made = Callable[[str], tuple[Any, ExportResult]]
