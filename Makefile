@@ -45,8 +45,9 @@ demo-diffusion: $(BIN)/.ready
 # The files with tests that need the machine to themselves; to collect all others a second time takes long.
 TIMED = $(shell grep -rl --include='test_*.py' 'mark\.timing' tests)
 
+# A worker for each core: the libraries that its plug-ins import must not start a thread for each core, too.
 test: $(BIN)/.ready
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not timing" -n auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not gpu and not timing" -n auto --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -q -m "timing and not slow and not gpu" $(TIMED)
 
 test-all: $(BIN)/.ready
