@@ -10,6 +10,7 @@ Of a run that shares nothing, one line says why. No fault of the cache is a faul
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,10 +30,15 @@ from lora_export.contracts import (
     StoryOptions,
 )
 from lora_export.errors import LoraExportError
-from lora_export.folder_files import SENTENCE_MODULES
 from lora_export.keys.inputs import base_inputs, key_of
 from lora_export.storage.cache import Cache, Entry, Part
-from lora_export.workflows.shared_base import SharedBase, same_graph, why_not_exported_alike, why_not_shared
+from lora_export.workflows.shared_base import (
+    SharedBase,
+    same_graph,
+    why_not_exported_alike,
+    why_not_shared,
+    why_other_modules,
+)
 
 if TYPE_CHECKING:
     from lora_export.merging import MergePlan
@@ -63,7 +69,7 @@ def base_for(
         yield SharedBase() if reason else given
         return
     kept = CachedBase(base, adapters, options, progress)
-    reason = reason or why_not_exported_alike(options, base.folder) or _why_other_modules(base.folder, adapters)
+    reason = reason or why_not_exported_alike(options, base.folder) or why_other_modules(base.folder, adapters)
     try:
         yield kept.without(reason) if reason else kept.opened()
     finally:
@@ -73,15 +79,6 @@ def base_for(
 def use_of(shared: SharedBase, story: Story) -> CacheUse | None:
     """What a run took from the cache, and what it computed; None for a run without a cache."""
     return shared.keeper.use(story) if isinstance(shared.keeper, CachedBase) else None
-
-
-def _why_other_modules(base: Path, adapters: Sequence[AdapterChoice]) -> str:
-    homes = [base, *(a.folder for a in adapters)]
-    return (
-        "modules of sentence-transformers belong to the graph"
-        if any((home / SENTENCE_MODULES).is_file() for home in homes)
-        else ""
-    )
 
 
 @dataclass
@@ -117,7 +114,7 @@ class CachedBase:
             self._files = self._hashed()
             inputs = base_inputs(self.options, self._files)
             self._key = key_of({**inputs, "proof": self.options.export.proof})
-            latency = self._latency()
+            latency = self._latency
             self._entry = cache.open(self._key, (ONNX, *latency))
             self._notes += self._entry.damaged
             for damaged in self._entry.damaged:
@@ -161,6 +158,7 @@ class CachedBase:
         room = min(MOST_BYTES, self._entry.room())
         return KnownBase(self._entry.folder / REFERENCE, most_bytes=room, stays=False)
 
+    @functools.cached_property
     def _latency(self) -> tuple[str, ...]:
         """The name of the measurement that this run would make; () where it has to make its own."""
         from lora_export.benchmarking import environment
@@ -214,7 +212,7 @@ class CachedBase:
 
         if self._entry is None:
             return
-        latency, whole = self._latency(), all(cell.unmerged_ms is not None for cell in made.cells)
+        latency, whole = self._latency, all(cell.unmerged_ms is not None for cell in made.cells)
         if not latency or not whole or made.verdict not in _KEPT:
             self._computed("measurement", "it does not stand for other runs")
             return

@@ -1,12 +1,13 @@
 """A base that many runs share: its export, what it answers, and the latency of its graph, measured once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from lora_export.contracts import BenchmarkResult, ExportResult, MergeOptions, Progress, StoryOptions
+from lora_export.contracts import AdapterChoice, BenchmarkResult, ExportResult, MergeOptions, Progress, StoryOptions
 from lora_export.errors import OutputError
+from lora_export.folder_files import SENTENCE_MODULES
 from lora_export.storage.sealed import sha256
 from lora_export.workflows.budget import searches
 from lora_export.workflows.trained_base import stand_in
@@ -58,6 +59,13 @@ def why_not_exported_alike(options: StoryOptions, base: Path) -> str:
     if how.activations != "float":
         return f"--activations {how.activations}: no export takes such a graph from another one"
     return ""
+
+
+def why_other_modules(base: Path, adapters: Sequence[AdapterChoice]) -> str:
+    """What modules of sentence-transformers do to the graph; "" if there are none."""
+    homes = [base, *(a.folder for a in adapters)]
+    found = any((home / SENTENCE_MODULES).is_file() for home in homes)
+    return "modules of sentence-transformers belong to the graph" if found else ""
 
 
 def why_not_shared(planned: "MergePlan") -> str:

@@ -98,13 +98,13 @@ class _Rows:
 
 def _rows(a: torch.Tensor, b: torch.Tensor, following: torch.Tensor) -> _Rows:
     wide = a.to(torch.float64, copy=True)  # which is overwritten below
-    p_token = wide.gather(-1, following[:, None]).squeeze(-1)
+    p_token = of_next(wide, following)
     if torch.equal(a, b) and bool(a.isfinite().all()):  # the same bits: most often one run beside another
         p_token = p_token - wide.logsumexp(-1)
         nothing = torch.zeros(len(a), dtype=torch.float64)
         return _Rows(0.0, len(a), nothing + 1, nothing, p_token, p_token)
     other = b.to(torch.float64, copy=True)
-    q_token = other.gather(-1, following[:, None]).squeeze(-1)
+    q_token = of_next(other, following)
     lost = wide - other
     p, p_sum = exponentials(wide)
     # Σ p·(ln p − ln q), of which the sums over all exponentials are the same in every term.
@@ -115,6 +115,11 @@ def _rows(a: torch.Tensor, b: torch.Tensor, following: torch.Tensor) -> _Rows:
     shared = (one[:, :, None] == two[:, None, :]).any(-1).double().mean(-1)
     hits = int((one[:, 0] == two[:, 0]).sum())
     return _Rows(apart, hits, shared, (kl + q_sum).clamp_min(0), p_token - p_sum, q_token - q_sum)
+
+
+def of_next(values: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    """Of each position's values (length, vocabulary) that of the token that follows, (length,)."""
+    return values.gather(-1, following[:, None])[:, 0]
 
 
 def exponentials(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lora_export.contracts import AdapterSurvival, Perplexity
-from lora_export.validation.comparing.logits import blocks_of
+from lora_export.validation.comparing.logits import blocks_of, of_next
 from lora_export.validation.comparing.thresholds import LARGEST_NLL
 
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]  # ids (length,) → logits (length, vocabulary)
@@ -51,13 +51,8 @@ def divergence(p: torch.Tensor, q: torch.Tensor, likely: torch.Tensor | None = N
     return ((p.exp() if likely is None else likely) * (p - q)).sum(-1).clamp_min(0)
 
 
-def of_next(p: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
-    """The log-probability of the token that follows each position, (length,); p: (length, vocabulary)."""
-    return p.gather(-1, following[:, None])[:, 0]
-
-
 def _likelihood(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
-    """What `of_next` gives of logits (length, vocabulary), without the log-probabilities of all other tokens."""
+    """The log-probability of each next token, from logits (length, vocabulary), without those of all others."""
     wide = logits.double()
     return of_next(wide, following) - wide.logsumexp(-1)
 

@@ -10,9 +10,9 @@ from lora_export.checkpoint.pipeline import is_pipeline
 from lora_export.contracts import AdapterChoice, StoryOptions
 from lora_export.contracts.fleet import FleetRow
 from lora_export.errors import LoraExportError
-from lora_export.folder_files import SENTENCE_MODULES, VALUE_HEAD
+from lora_export.folder_files import VALUE_HEAD
 from lora_export.storage.sealed import LARGEST_SETTINGS, read_json
-from lora_export.workflows.shared_base import why_not_exported_alike
+from lora_export.workflows.shared_base import why_not_exported_alike, why_other_modules
 
 # Parts of tensor names: what changes a vocabulary, of which a tied head is a part; and modules trained whole.
 _VOCABULARY = (
@@ -55,8 +55,8 @@ def _by_adapters(base: Path, adapters: Sequence[AdapterChoice]) -> str:
         config, names = _headers(folder)
     except (LoraExportError, OSError) as error:
         return f"the adapter is refused: {getattr(error, 'found', error)}"
-    if (base / SENTENCE_MODULES).is_file() or (folder / SENTENCE_MODULES).is_file():
-        return "modules of sentence-transformers belong to the graph"
+    if reason := why_other_modules(base, adapters):
+        return reason
     if (folder / VALUE_HEAD).is_file():
         return "the adapter brings a trained head"
     for name, reason in _OTHER_GRAPH.items():
